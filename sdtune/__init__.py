@@ -1,0 +1,43 @@
+"""sdtune: few-shot fine-tuning of Stable Diffusion with Res-Attn tuners (arXiv 2312.16916).
+
+The public names are listed here and imported when first used, so that `import sdtune` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_HOME = {
+    "ResAttn": "tuners",
+    "TunerConfig": "tuners",
+    "load_tuner": "pipeline",
+    "add_tuner": "pipeline",
+    "save_tuner": "pipeline",
+    "unload_tuner": "pipeline",
+    "draw": "pipeline",
+    "load_base": "bases",
+    "BaseError": "bases",
+    "DataError": "data",
+    "TunerFileError": "store",
+    "TrainConfig": "train",
+    "fit": "train",
+}
+__all__ = list(_HOME)
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .bases import BaseError, load_base
+    from .data import DataError
+    from .pipeline import add_tuner, draw, load_tuner, save_tuner, unload_tuner
+    from .store import TunerFileError
+    from .train import TrainConfig, fit
+    from .tuners import ResAttn, TunerConfig
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'sdtune' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,284 @@
+"""Hangs tuners in parallel on the operations of a UNet, and makes diffusers treat them as adapters.
+
+A forward hook on the operation adds `scale * tuner(x)` to its result; nothing is wrapped or renamed, so
+every key of the backbone stays as it was. The module that holds the tuners of one operation is a PEFT
+`BaseTunerLayer`, and the UNet's `peft_config` knows the adapter's name: that is all diffusers needs for
+`set_adapters`, `disable_adapters`, `enable_adapters`, `delete_adapters`, per-block weights, and
+`cross_attention_kwargs={"scale": s}` to drive a tuner like a LoRA, and to mix the two.
+"""
+
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .tuners import TunerConfig, build
+
+_CHILD = "res_tuner"  # the name under which an operation holds its tuners
+
+
+class TunerPeftConfig(PeftConfig):
+    """The entry of a tuner in `unet.peft_config`; `tuner` is its `TunerConfig`."""
+
+    def __init__(self, tuner: TunerConfig):
+        super().__init__()
+        self.tuner = tuner
+
+
+class ParallelTuners(nn.Module, BaseTunerLayer):
+    """The tuners that hang on one operation, by adapter name, each with its weight."""
+
+    adapter_layer_names = ("tuners",)
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.tuners = nn.ModuleDict()
+        self.weights: dict[str, float] = {}  # set_adapters' weight
+        self.call_scales: dict[str, float] = {}  # cross_attention_kwargs' scale, during one call
+        self._active_adapter = []
+        self._disable_adapters = False
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The weighted sum of the active tuners at x (B, N, dim), or None where there is none."""
+        total = None
+        for name in [] if self._disable_adapters else self.active_adapters:
+            scale = self.weights.get(name, 0.0) * self.call_scales.get(name, 1.0)
+            if name not in self.tuners or scale == 0:
+                continue
+            tuner = self.tuners[name]
+            dtype = next(tuner.parameters()).dtype
+            part = tuner(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype))
+            part = part if scale == 1 else part * scale
+            total = part if total is None else total + part
+        return total
+
+    # What diffusers and PEFT call on every adapter layer.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if adapter not in self.tuners:
+            return
+        if self.call_scales.get(adapter) == 0:
+            # diffusers cannot divide a scale of 0 away and sets the weight to 1 instead: undo the call's scale
+            # only, so that the weight that the user has set survives
+            self.call_scales[adapter] = 1.0
+        else:
+            self.weights[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        for name in self.active_adapters:
+            self.call_scales[name] = scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        self.call_scales.clear()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = [n for n in adapter_names or self.active_adapters if n in self.tuners]
+        if names and not self._disable_adapters:
+            raise ValueError(_cannot_fuse(names))
+
+    def unmerge(self) -> None:
+        pass  # nothing is ever merged
+
+    def get_base_layer(self) -> None:
+        """None: diffusers' `unload_lora_weights` puts this in the place of an adapter layer, which removes it."""
+        return None
+
+    base_layer = property(get_base_layer)
+
+    @property
+    def r(self) -> dict[str, int]:
+        """One entry per adapter of the whole UNet: diffusers numbers unnamed LoRAs by its length."""
+        return dict.fromkeys(self.adapters_of_unet, 0)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.weights.pop(adapter_name, None)
+        self.call_scales.pop(adapter_name, None)
+
+
+def _cannot_fuse(names: list[str]) -> str:
+    return (
+        f"the tuner{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))} cannot be fused into the base's "
+        "weights: a tuner's result depends on its input through its own attention or activation, so no change of "
+        "the frozen weights equals it (a LoRA's does). Leave it attached, or deactivate it first with "
+        'set_adapters(...), or fuse only LoRAs with fuse_lora(adapter_names=["..."])'
+    )
+
+
+def _add_residual(op: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+    """The forward hook: x' = OP(x) + tuner(x), with OP's own input x."""
+    holder = op._modules.get(_CHILD)
+    if holder is None:  # unload_lora_weights took the tuners away
+        return None
+    residual = holder.residual(args[0] if args else kwargs["hidden_states"])
+    return None if residual is None else output + residual.to(output.dtype)
+
+
+def _fuse_lora(unet, lora_scale=1.0, safe_fusing=False, adapter_names=None):
+    """diffusers' `fuse_lora`, refusing an active tuner before any LoRA has been merged."""
+    names = {n for _, holder in _holders(unet) if not holder.disable_adapters
+             for n in (adapter_names or holder.active_adapters) if n in holder.tuners}  # fmt: skip
+    if names:
+        raise ValueError(_cannot_fuse(sorted(names)))
+    return type(unet).fuse_lora(unet, lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+
+
+def _load_lora_adapter(unet, *args, **kwargs):
+    """diffusers' `load_lora_adapter`: as with two LoRAs, the one loaded last is the active one."""
+    before = set(getattr(unet, "peft_config", {}))
+    result = type(unet).load_lora_adapter(unet, *args, **kwargs)
+    added = [n for n in unet.peft_config if n not in before] if hasattr(unet, "peft_config") else []
+    for _, holder in _holders(unet) if added else []:
+        holder.adapters_of_unet = unet.peft_config
+        holder.set_adapter(added)
+    return result
+
+
+def _holders(unet) -> list[tuple[str, ParallelTuners]]:
+    suffix = f".{_CHILD}"
+    return [(n.removesuffix(suffix), m) for n, m in unet.named_modules() if isinstance(m, ParallelTuners)]
+
+
+def find_ops(unet, config: TunerConfig) -> dict[str, tuple[nn.Module, int]]:
+    """The operations that `config.ops` names: path in the UNet -> (module, width of its tokens).
+
+    Raises:
+        ValueError: if the model has no transformer block, or a block lacks a named operation.
+    """
+    found, lacking = {}, []
+    for path, block in unet.named_modules():
+        if not isinstance(block, BasicTransformerBlock):
+            continue
+        dim = block.norm1.normalized_shape[0] if hasattr(block.norm1, "normalized_shape") else block.dim
+        for op in config.ops:
+            module = block if op == "block" else getattr(block, op, None)
+            if module is None:
+                lacking.append(f"{path}.{op}")
+            found[path if op == "block" else f"{path}.{op}"] = (module, dim)
+    if not found:
+        raise ValueError(
+            f"{type(unet).__name__} has no BasicTransformerBlock to hang a tuner on; expected the UNet of a "
+            "Stable Diffusion 1.x or 2.x"
+        )
+    if lacking:
+        raise ValueError(f"this UNet lacks the operations {', '.join(lacking)}; leave them out of ops")
+    return found
+
+
+def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a tuner of this configuration has on this UNet: "<op path>.<parameter>" -> shape."""
+    with torch.device("meta"):
+        return {
+            f"{path}.{name}": tuple(p.shape)
+            for path, (_, dim) in find_ops(unet, config).items()
+            for name, p in build(config, dim).named_parameters()
+        }
+
+
+def check_new_name(unet, name: str) -> None:
+    """Raises ValueError unless `name` can name a new adapter of this UNet."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter_name is {name!r}; it must be a non-empty string without a dot")
+    if name in getattr(unet, "peft_config", {}):
+        raise ValueError(
+            f"adapter_name {name!r} is already in use; present: {', '.join(unet.peft_config)}. "
+            "Choose another name, or unload the old one first"
+        )
+
+
+def attach(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Hangs a tuner on `unet` as adapter `name`, with fresh weights or with `tensors`, and activates it alone.
+
+    Fresh weights are drawn from torch's global generator on the CPU. The tuner takes the device and dtype
+    of the operation beside it. Other adapters stay attached but inactive, as when a LoRA is loaded.
+
+    Raises:
+        ValueError: for a name in use, or a model without the operations. Nothing is changed then.
+    """
+    check_new_name(unet, name)
+    ops = find_ops(unet, config)
+    tuners = {}
+    for path, (op, dim) in ops.items():
+        like = next(p for p in op.parameters() if p.is_floating_point())
+        if tensors is None:
+            tuner = build(config, dim)
+        else:
+            with torch.device("meta"):
+                tuner = build(config, dim)
+            own = {n: tensors[f"{path}.{n}"] for n, _ in tuner.named_parameters()}
+            tuner.load_state_dict(own, assign=True)
+        tuners[path] = tuner.to(like.device, like.dtype).train(op.training)
+
+    if getattr(unet, "peft_config", None) is None:
+        unet.peft_config = {}
+    unet.peft_config[name] = TunerPeftConfig(config)
+    unet._hf_peft_config_loaded = True
+    for path, (op, _) in ops.items():
+        if op._modules.get(_CHILD) is None:
+            setattr(op, _CHILD, ParallelTuners())
+            if not any(hook is _add_residual for hook in op._forward_hooks.values()):
+                op.register_forward_hook(_add_residual, with_kwargs=True)
+        holder = getattr(op, _CHILD)
+        holder.tuners[name], holder.weights[name] = tuners[path], 1.0
+        holder.adapters_of_unet = unet.peft_config
+    unet.fuse_lora = MethodType(_fuse_lora, unet)
+    unet.load_lora_adapter = MethodType(_load_lora_adapter, unet)
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter([name])
+
+
+def tuner_names(unet) -> list[str]:
+    """The names of the tuners (not the LoRAs) attached to this UNet."""
+    return [n for n, c in (getattr(unet, "peft_config", None) or {}).items() if isinstance(c, TunerPeftConfig)]
+
+
+def require(unet, name: str) -> TunerConfig:
+    """The configuration of the tuner `name`; ValueError, naming those that are there, if it is not attached."""
+    if name not in tuner_names(unet):
+        there = ", ".join(map(repr, tuner_names(unet))) or "none"
+        raise ValueError(f"no tuner named {name!r} is attached; attached tuners: {there}")
+    return unet.peft_config[name].tuner
+
+
+@contextmanager
+def switched_off(unet):
+    """The UNet without the effect of any of its tuners, for the length of a `with`."""
+    holders = [(h, h._disable_adapters) for _, h in _holders(unet)]
+    for holder, _ in holders:
+        holder._disable_adapters = True
+    try:
+        yield
+    finally:
+        for holder, before in holders:
+            holder._disable_adapters = before
+
+
+def parameters_of(unet, name: str) -> dict[str, nn.Parameter]:
+    """The tuner's parameters, keyed "<op path>.<parameter>" as in its file."""
+    require(unet, name)
+    return {
+        f"{path}.{n}": p
+        for path, holder in _holders(unet)
+        if name in holder.tuners
+        for n, p in holder.tuners[name].named_parameters()
+    }
+
+
+def detach(unet, name: str) -> None:
+    """Removes the tuner `name` altogether; the last one leaves the UNet as if there had never been any."""
+    require(unet, name)
+    unet.delete_adapters(name)
+    for path, holder in _holders(unet):
+        if not holder.tuners:
+            op = unet.get_submodule(path)
+            delattr(op, _CHILD)
+            for key in [k for k, hook in op._forward_hooks.items() if hook is _add_residual]:
+                del op._forward_hooks[key], op._forward_hooks_with_kwargs[key]
+    if not tuner_names(unet):
+        unet.__dict__.pop("fuse_lora", None)
+        unet.__dict__.pop("load_lora_adapter", None)

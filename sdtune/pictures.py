@@ -1,0 +1,70 @@
+"""Pictures about pictures: labelled grids and the loss plot. Knows PIL and matplotlib, no models."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+def grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str], cell: int = 192) -> Image.Image:
+    """A grid of pictures with a title over each column and a wrapped label at the left of each row.
+
+    Args:
+        rows: pictures, row by row; every row as long as `columns`.
+        columns, labels: the titles of columns and the labels of rows.
+        cell: side of one picture in the grid, in pixels.
+    """
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    gap, left, top = 8, 220, 34
+    width = left + len(columns) * (cell + gap) + gap
+    height = top + len(rows) * (cell + gap)
+    out = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(out)
+    for i, title in enumerate(columns):
+        x = left + i * (cell + gap) + cell // 2
+        pen.text((x, top // 2), title, fill="#222222", font=font, anchor="mm")
+    for j, (row, label) in enumerate(zip(rows, labels)):
+        y = top + j * (cell + gap)
+        text = "\n".join(_wrap(label, small, left - 2 * gap, (cell - 8) // 18))
+        pen.multiline_text((gap, y + 4), text, fill="#444444", font=small, spacing=4)
+        for i, picture in enumerate(row):
+            out.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (left + i * (cell + gap), y))
+    return out
+
+
+def distance(a: Image.Image, b: Image.Image) -> float:
+    """The mean absolute difference of two pictures of one size, in grey levels (0 to 255)."""
+    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
+
+
+def _wrap(text: str, font, width: int, most: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " ..."]
+
+
+def plot_losses(path: Path, losses: list[float], heldout: dict[int, float], title: str) -> None:
+    """The loss of every step with its running mean, and the held-out loss where there is one."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, safe in threads
+
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="#c9d7ea", linewidth=1, label="each step")
+    span, mean = max(1, min(30, len(losses) // 5)), []
+    for i in range(len(losses)):
+        window = losses[max(0, i - span + 1) : i + 1]
+        mean.append(sum(window) / len(window))
+    axes.plot(steps, mean, color="#2f6db3", linewidth=2, label=f"mean of {span} steps")
+    if heldout:
+        axes.plot(list(heldout), list(heldout.values()), "o-", color="#d9722b", label="held-out pictures")
+    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)

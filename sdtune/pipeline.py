@@ -1,0 +1,180 @@
+"""What users call on a diffusers pipeline (or a bare UNet): load, add, save, unload a tuner.
+
+After that diffusers' own `set_adapters`, `disable_lora` / `enable_lora`, `delete_adapters`,
+`get_active_adapters` and `get_list_adapters` treat the tuner as they treat a LoRA.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+from . import attach, store
+from .tuners import TunerConfig
+
+# What makes two bases alike for a tuner, in the words of the UNet's config.
+_SHAPE = ("block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim", "in_channels")
+
+
+def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = store.FILE_NAME, **hub) -> str:
+    """Loads a tuner file into a pipeline, under `adapter_name`, and makes it the active adapter.
+
+    Args:
+        pipe: a diffusers pipeline with a `unet`, or the UNet itself.
+        source: a .safetensors file, a folder with one, or a hub id.
+        adapter_name: its name; by default diffusers' numbering, "default_0" and so on.
+        weight_name: the file's name in a folder or hub repository.
+        hub: for `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, ... `low_cpu_mem_usage`
+            is accepted for diffusers' sake; loading never allocates the weights twice.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        TunerFileError: if the file cannot be used or does not fit this UNet; the pipeline is as it was.
+        ValueError: if the name is taken.
+    """
+    hub.pop("low_cpu_mem_usage", None)
+    unet = unet_of(pipe)
+    name = adapter_name if adapter_name is not None else f"default_{len(getattr(unet, 'peft_config', {}))}"
+    attach.check_new_name(unet, name)
+    file = store.load(source, weight_name, **hub)
+    store.check_fits(file, attach.expected_shapes(unet, file.config), source)
+    with _offloading_paused(pipe):
+        attach.attach(unet, file.config, name, file.tensors)
+    unet.peft_config[name].file = file
+    return name
+
+
+def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "default") -> str:
+    """Hangs a fresh tuner on a pipeline's UNet; it starts at zero, so pictures stay as they were.
+
+    Args:
+        pipe: a diffusers pipeline with a `unet`, or the UNet itself.
+        config: what to hang where; by default Res-Attn 4x4 on attn1, attn2 and ff.
+
+    Raises:
+        ValueError: if the name is taken, or the UNet lacks the operations.
+    """
+    with _offloading_paused(pipe):
+        attach.attach(unet_of(pipe), config or TunerConfig(), adapter_name)
+    return adapter_name
+
+
+def save_tuner(
+    pipe,
+    path: str | Path,
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype = torch.float16,
+    trigger_words: str | None = None,
+    training: dict | None = None,
+) -> Path:
+    """Writes the tuner's weights and how to load them, and nothing of the base.
+
+    Args:
+        path: a file ending in .safetensors, or a folder.
+        dtype: of the weights in the file.
+        trigger_words, training: go into the metadata; by default those of the file it was loaded from.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: if no such tuner is attached, or a weight is not finite.
+    """
+    unet = unet_of(pipe)
+    config = attach.require(unet, adapter_name)
+    old = getattr(unet.peft_config[adapter_name], "file", None)
+    with _offloading_paused(pipe):  # offloaded weights are elsewhere
+        tensors = {k: p.detach().cpu() for k, p in attach.parameters_of(unet, adapter_name).items()}
+    file = store.TunerFile(
+        config,
+        tensors,
+        describe_base(pipe),
+        trigger_words if trigger_words is not None else getattr(old, "trigger_words", ""),
+        training if training is not None else getattr(old, "training", {}),
+    )
+    return store.save(path, file, dtype)
+
+
+def unload_tuner(pipe, adapter_name: str) -> None:
+    """Removes a tuner; after the last one the UNet is as if there had never been any.
+
+    Raises:
+        ValueError: if no tuner of that name is attached.
+    """
+    attach.require(unet_of(pipe), adapter_name)
+    with _offloading_paused(pipe):
+        attach.detach(unet_of(pipe), adapter_name)
+
+
+def unet_of(pipe) -> torch.nn.Module:
+    """The UNet of a pipeline, or what was given if it is one.
+
+    Raises:
+        ValueError: if there is no UNet in it.
+    """
+    unet = getattr(pipe, "unet", pipe)
+    if not hasattr(unet, "set_adapters") or not isinstance(unet, torch.nn.Module):
+        raise ValueError(f"expected a diffusers pipeline with a UNet, or a UNet; found {type(pipe).__name__}")
+    return unet
+
+
+def describe_base(pipe) -> dict:
+    """Name, shape and prediction type of a pipeline's base, for the metadata of a tuner file."""
+    unet = unet_of(pipe)
+    name = str(getattr(pipe, "name_or_path", "") or getattr(unet, "name_or_path", "") or "unknown")
+    scheduler = getattr(pipe, "scheduler", None)
+    return {
+        "name": Path(name).name if Path(name).exists() else name,
+        "shape": {k: unet.config[k] for k in _SHAPE},
+        "prediction_type": scheduler.config.get("prediction_type", "epsilon") if scheduler else "epsilon",
+    }
+
+
+@contextmanager
+def _offloading_paused(pipe):
+    """Takes a pipeline's CPU offloading off and puts it on again, as diffusers does around loading a LoRA.
+
+    Uses three of diffusers' private helpers: there are no public ones, and its own loaders use these.
+    """
+    if not hasattr(pipe, "_optionally_disable_offloading"):  # a bare UNet
+        yield
+        _maybe_remove_and_reapply_group_offloading(pipe)
+        return
+    model, sequential, group = pipe._optionally_disable_offloading(pipe)
+    try:
+        yield
+    finally:
+        if model:
+            pipe.enable_model_cpu_offload(device=pipe._offload_device)
+        elif sequential:
+            pipe.enable_sequential_cpu_offload(device=pipe._offload_device)
+        elif group:
+            _maybe_remove_and_reapply_group_offloading(pipe.unet)
+
+
+def draw(
+    pipe,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int = 50,
+    guidance: float = 7.5,
+    size: int | None = None,
+    negative_prompt: str = "",
+) -> list:
+    """Draws one PIL picture per prompt and seed; a seed gives the same starting noise on every device.
+
+    Args:
+        steps, guidance: sampling steps and classifier-free guidance (SD v1.5's usual 50 and 7.5).
+        size: side in pixels; by default the base's own.
+    """
+    side = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return pipe(
+        prompts, num_inference_steps=steps, guidance_scale=guidance, height=side, width=side, generator=noise,
+        negative_prompt=[negative_prompt] * len(prompts),
+    ).images  # fmt: skip

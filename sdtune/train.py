@@ -1,0 +1,576 @@
+"""The trainer: image-prompt pairs and a base in, a tuner file, previews and a loss curve out.
+
+`fit` reads like the method: the once-in-a-while work first (read, encode, attach, resume), the single
+training step last (`_Trainer.step`). Accelerate gives device, precision, loss scaling, clipping, several processes,
+checkpoints and trackers. The whole encoded set lies on the device; there is no DataLoader.
+
+Every random draw of a step comes from a generator seeded with (seed, step), for the batch of all
+processes together, so a run continues exactly where it stopped, and two processes of batch 5 see what
+one process of batch 10 sees.
+"""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from tqdm.auto import tqdm
+
+from . import attach, bases, data, pictures, pipeline, store
+from .tuners import TunerConfig
+
+NAME = "tuner"  # the adapter's name while it trains
+
+
+def _option(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """The settings of a training run; `train_anime.py` makes a flag of each.
+
+    Raises:
+        ValueError: listing every setting that is out of range.
+    """
+
+    data: str = _option("assets/anime", "folder of images and captions, or a hub data set")
+    base: str = _option("tiny-sd", "tiny-sd, a diffusers folder, a .safetensors checkpoint, or a hub id")
+    output: str = _option("output/anime", "folder for the tuner, previews, loss curve and checkpoints")
+    steps: int = _option(300, "optimizer steps")
+    batch_size: int = _option(10, "images per step and process")
+    gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
+    learning_rate: float | None = _option(None, "default: 1e-3 on tiny-sd (chosen there), else 1e-4 (as published)")
+    lr_scheduler: Literal["constant", "cosine", "linear"] = _option("constant", "shape of the rate after warm-up")
+    lr_warmup_steps: int = _option(0, "steps over which the rate rises from 0")
+    weight_decay: float = _option(1e-2, "AdamW's weight decay")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0 is off")
+    min_snr_gamma: float = _option(5.0, "min-SNR loss weights (arXiv 2303.09556); 0 is off")
+    caption_dropout: float = _option(0.1, "share of captions replaced by the empty one")
+    noise_offset: float = _option(0.0, "strength of an offset common to each channel of the noise; 0 is off")
+    trigger_words: str = _option("", "words put before every caption, and written into the file")
+    flip: bool = _option(False, "train on mirror images too")
+    resolution: int | None = _option(None, "side of the training pictures in px; default: the base's own")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "default: accelerate's, else fp16 on GPU")
+    gradient_checkpointing: bool = _option(False, "less memory, more time")
+    seed: int = _option(0, "of the tuner's start, the data order, and all noise")
+    checkpoint_every: int = _option(100, "steps between checkpoints")
+    preview_every: int = _option(100, "steps between previews and held-out losses; 0 is only at the end")
+    preview_prompts: list[str] = _option([], "prompts to preview; default: the first held-out captions")
+    preview_steps: int = _option(30, "sampling steps of a preview")
+    guidance_scale: float = _option(7.5, "classifier-free guidance of a preview")
+    report_to: str | None = _option(None, "an Accelerate tracker, such as tensorboard")
+    resume: bool = _option(False, "continue the run that stopped in the output folder")
+
+    def __post_init__(self):
+        least = dict(
+            steps=1, batch_size=1, gradient_accumulation_steps=1, lr_warmup_steps=0, weight_decay=0, max_grad_norm=0,
+            min_snr_gamma=0, noise_offset=0, seed=0, checkpoint_every=1, preview_every=0, preview_steps=1,
+            guidance_scale=0,
+        )  # fmt: skip
+        wrong = [f"{n} is {getattr(self, n)}; it must be at least {m}" for n, m in least.items() if not getattr(self, n) >= m]
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            wrong.append(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 <= self.caption_dropout <= 1:
+            wrong.append(f"caption_dropout is {self.caption_dropout}; it must be from 0 to 1")
+        if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):
+            wrong.append(f"resolution is {self.resolution}; it must be at least 64 and a multiple of 8")
+        for name, choices in (("lr_scheduler", ("constant", "cosine", "linear")),
+                              ("mixed_precision", (None, "no", "fp16", "bf16"))):  # fmt: skip
+            if getattr(self, name) not in choices:
+                wrong.append(f"{name} is {getattr(self, name)!r}; possible: {', '.join(map(str, choices))}")
+        if wrong:
+            raise ValueError("this training configuration cannot be used: " + "; ".join(wrong))
+
+
+class TrainError(RuntimeError):
+    """A run that cannot start or go on; the message says what was found and what to do."""
+
+
+class Stopped(TrainError):
+    """A run that a signal ended after writing a checkpoint. `signum` is the signal's number."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum
+
+
+@dataclass
+class Result:
+    """Where a finished run left its files, and its losses."""
+
+    tuner: Path
+    preview: Path
+    loss_plot: Path
+    config: Path
+    losses: list[float]
+    heldout: dict[int, float]
+
+
+def training_loss(unet, scheduler, latents, noise, timesteps, states, min_snr_gamma: float = 0.0) -> torch.Tensor:
+    """The denoising loss of each picture (B,): mean squared error of the predicted noise (or velocity).
+
+    Args:
+        latents, noise: (B, C, h, w); timesteps: (B,); states: caption encodings (B, tokens, width).
+        min_snr_gamma: weights each picture by min(SNR, gamma) / SNR (arXiv 2303.09556); 0 is off.
+    """
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    predicted = unet(noisy.to(states.dtype), timesteps, states, return_dict=False)[0]
+    loss = (predicted.float() - target.float()).pow(2).mean((1, 2, 3))
+    if min_snr_gamma:
+        snr = compute_snr(scheduler, timesteps)
+        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1 if velocity else snr)
+    return loss
+
+
+@dataclass
+class Draws:
+    """The random draws of one optimizer step, for all processes together; `size` pictures."""
+
+    index: torch.Tensor  # which picture (size,)
+    flip: torch.Tensor  # 0 or 1 (size,)
+    drop: torch.Tensor  # whether the caption is dropped (size,)
+    timestep: torch.Tensor  # (size,)
+    noise: torch.Tensor  # (size, C, h, w)
+    latent: torch.Tensor  # for sampling the VAE's posterior (size, C, h, w)
+
+
+def draws(config: TrainConfig, step: int, size: int, encoded: data.Encoded, timesteps: int) -> Draws:
+    """What step number `step` (from 0) draws. Pictures come in shuffled epochs, each picture once an epoch.
+
+    Timesteps are stratified: one from each of `size` equal parts of the range, in random order.
+    """
+    count, flips, *shape = encoded.mean.shape
+    index = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, within = divmod(position, count)
+        if not index or within == 0:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(_mix(config.seed, epoch, 1)))
+        index.append(order[within])
+    random = torch.Generator().manual_seed(_mix(config.seed, step, 2))
+    part = (torch.randperm(size, generator=random) + torch.rand(size, generator=random)) / size
+    noise = torch.randn(size, *shape, generator=random)
+    if config.noise_offset:
+        noise += config.noise_offset * torch.randn(size, shape[0], 1, 1, generator=random)
+    return Draws(
+        index=torch.stack(index),
+        flip=torch.randint(0, flips, (size,), generator=random),
+        drop=torch.rand(size, generator=random) < config.caption_dropout,
+        timestep=(part * timesteps).long().clamp(max=timesteps - 1),
+        noise=noise,
+        latent=torch.randn(size, *shape, generator=random),
+    )
+
+
+def _mix(seed: int, number: int, stream: int) -> int:
+    """One seed for torch from three numbers, without the collisions of a plain sum."""
+    return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**63
+
+
+def fit(config: TrainConfig, tuner: TunerConfig | None = None) -> Result:
+    """Trains a tuner on a folder of image-prompt pairs.
+
+    Leaves in `config.output`: tuner.safetensors, preview.png, loss.png, config.json, checkpoints/, previews/.
+
+    Raises:
+        DataError, BaseError: before any training, with everything that is wrong with the data or the base.
+        Stopped: after a signal, once a checkpoint is written.
+        TrainError: if the output folder holds an unfinished run and `resume` is off, if there is nothing to
+            resume, or if the loss is not finite; the last good weights are in the output folder then.
+    """
+    trainer = _Trainer(config, tuner or TunerConfig())
+    with _signals() as caught:
+        while trainer.done < config.steps:
+            trainer.step()
+            due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
+            stop = trainer.anywhere(caught.number)
+            if due or stop:
+                trainer.checkpoint()
+            if stop:
+                trainer.close()
+                raise Stopped(
+                    f"stopped at step {trainer.done} of {config.steps}; a checkpoint is in {trainer.checkpoints}. "
+                    "Continue with the same command and --resume", stop
+                )  # fmt: skip
+            if config.preview_every and trainer.done % config.preview_every == 0 and trainer.done < config.steps:
+                trainer.preview(trainer.output / "previews" / f"step-{trainer.done:06d}.png")
+    return trainer.finish()
+
+
+class _Trainer:
+    """The state of a run. `fit` is the order of things; each method here is one of them."""
+
+    def __init__(self, config: TrainConfig, tuner: TunerConfig):
+        self.config, self.tuner, self.output = config, tuner, Path(config.output)
+        self.checkpoints = self.output / "checkpoints"
+        resolution = config.resolution or bases.native_resolution(config.base)
+        self.accelerator = _accelerator(config)
+        self.main = self.accelerator.is_main_process
+        say = self._say = lambda text: print(text, flush=True) if self.main else None
+
+        pairs = data.read(config.data, resolution, "train", say)
+        heldout = data.read(config.data, resolution, "test", say)
+        start = self._latest_checkpoint()
+        say(f"{len(pairs)} pairs from {config.data}" + (f", {len(heldout)} held out" if heldout else ""))
+
+        set_seed(config.seed)
+        device = self.accelerator.device
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        self.pipe = pipe = bases.load_base(config.base)
+        self.base = pipeline.describe_base(pipe)
+        long = data.truncated(pairs, pipe.tokenizer, config.trigger_words)
+        if long:
+            say(f"{len(long)} captions are longer than the text encoder reads; their ends are cut: {', '.join(long[:5])}")
+        for frozen in (pipe.vae, pipe.text_encoder, pipe.unet):
+            frozen.requires_grad_(False).eval()
+        pipe.vae.to(device)
+        pipe.text_encoder.to(device)
+        encoding = (pipe.vae, pipe.tokenizer, pipe.text_encoder, resolution)
+        self.data = data.encode(pairs, *encoding, config.flip, config.trigger_words).to(device, half)
+        self.heldout = data.encode(heldout, *encoding, False, config.trigger_words).to(device, half) if heldout else None
+        pipe.vae.to("cpu")
+        pipe.text_encoder.to("cpu")
+
+        self.unet = pipe.unet.to(device, half)
+        attach.attach(self.unet, tuner, NAME)
+        self.parameters = attach.parameters_of(self.unet, NAME)
+        for holder in self.parameters.values():
+            holder.data = holder.data.float()
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        rate = config.learning_rate or (1e-3 if config.base == "tiny-sd" else 1e-4)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=rate, weight_decay=config.weight_decay, fused=True
+        )
+        name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        self.rate = get_scheduler(name, self.optimizer, config.lr_warmup_steps, config.steps)
+        self.optimizer = self.accelerator.prepare(self.optimizer)
+        self.accelerator.register_for_checkpointing(self.rate)
+
+        self.prompts = config.preview_prompts or [p.caption for p in (heldout or pairs)[:4]]
+        if config.trigger_words and not config.preview_prompts:
+            self.prompts = [f"{config.trigger_words} {p}" for p in self.prompts]
+        self.true = [] if config.preview_prompts else [p.open() for p in (heldout or pairs)[:4]]
+        self.settings = {k: v for k, v in asdict(config).items() if k not in ("output", "resume")}
+        self.settings.update(resolution=resolution, learning_rate=rate, mixed_precision=self.accelerator.mixed_precision)
+        self.done, self.losses, self.heldout_losses = 0, [], {}
+        self.good = [p.detach().clone() for p in self.parameters.values()]
+        if self.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            text = {"train": self.settings, "tuner": asdict(tuner), "versions": store.library_versions()}
+            _write_text(self.output / "config.json", json.dumps(text, indent=2) + "\n")
+        if config.report_to:
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.settings.items()}
+            self.accelerator.init_trackers("sdtune", {**flat, **{k: str(v) for k, v in asdict(tuner).items()}})
+        if start:
+            self._restore(start)
+        count = sum(p.numel() for p in self.parameters.values())
+        say(f"{count:,} trainable parameters on {device}, {self.accelerator.mixed_precision} mixed precision")
+        with self._evaluating(), attach.switched_off(self.unet):
+            self.before = self._draw() if self.main else []
+        self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
+
+    def step(self) -> None:
+        """One optimizer step: draw, predict, weigh, back-propagate, average over processes, clip, update."""
+        config, accelerator = self.config, self.accelerator
+        ranks, batch, parts = accelerator.num_processes, config.batch_size, config.gradient_accumulation_steps
+        drawn = draws(config, self.done, ranks * batch * parts, self.data, self.scheduler.config.num_train_timesteps)
+        self.unet.train()
+        losses = []
+        for part in range(parts):
+            first = (part * ranks + accelerator.process_index) * batch
+            own = slice(first, first + batch)
+            loss = self._loss(drawn, own)
+            losses.append(accelerator.gather(loss.detach()))
+            accelerator.backward(loss.mean() / parts)
+        losses = torch.cat(losses).cpu()
+        self._require_finite(losses, drawn.index)
+        for kept, p in zip(self.good, self.parameters.values()):
+            kept.copy_(p.detach())
+        if ranks > 1:
+            self._average_gradients()
+        if config.max_grad_norm:
+            accelerator.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            self.rate.step()
+        self.done += 1
+        self.losses.append(losses.mean().item())
+        recent = self.losses[-20:]
+        rate = self.rate.get_last_lr()[0]
+        self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{rate:.1e}", refresh=False)
+        self.bar.update()
+        if config.report_to:
+            accelerator.log({"loss": self.losses[-1], "lr": rate}, step=self.done)
+
+    def _loss(self, drawn: Draws, own: slice) -> torch.Tensor:
+        device, encoded = self.accelerator.device, self.data
+        index, flip = drawn.index[own].to(device), drawn.flip[own].to(device)
+        mean, std = encoded.mean[index, flip], encoded.std[index, flip]
+        latents = mean + std * drawn.latent[own].to(device)
+        states = torch.where(drawn.drop[own].to(device)[:, None, None], encoded.empty, encoded.text[index])
+        with self.accelerator.autocast():
+            return training_loss(
+                self.unet, self.scheduler, latents, drawn.noise[own].to(device), drawn.timestep[own].to(device),
+                states, self.config.min_snr_gamma,
+            )  # fmt: skip
+
+    def _average_gradients(self) -> None:
+        """The mean gradient over all processes, as one message."""
+        gradients = [p.grad for p in self.parameters.values()]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+    def _require_finite(self, losses: torch.Tensor, index: torch.Tensor) -> None:
+        bad = ~torch.isfinite(losses)
+        if not bad.any():
+            return
+        names = list(dict.fromkeys(self.data.names[i] for i in index[bad].tolist()))
+        for p, kept in zip(self.parameters.values(), self.good):
+            p.data.copy_(kept)
+        step = max(0, self.done - 1)
+        path = self._save_tuner(self.output / store.FILE_NAME) if self.main else self.output
+        self.close()
+        every = " (every picture of the batch: the learning rate may be too high)" if bad.all() else ""
+        raise TrainError(
+            f"the loss is not finite at step {self.done + 1}, for {', '.join(names)}{every}. The last good weights, "
+            f"of step {step}, are in {path}. Look at these pictures, lower --learning_rate, or use "
+            "--mixed_precision bf16 or no"
+        )
+
+    def anywhere(self, number: int) -> int:
+        """The signal that any process has caught, 0 for none, the same answer in all of them."""
+        if self.accelerator.num_processes == 1:
+            return number
+        device = self.accelerator.device
+        return int(self.accelerator.gather(torch.tensor([number], device=device)).max())
+
+    # ------------------------------------------------------------------------- once in a while
+
+    def checkpoint(self) -> None:
+        """Writes checkpoints/step-N: the fp32 tuner, optimizer, schedule, scaler, RNG states and losses."""
+        final = self.checkpoints / f"step-{self.done:06d}"
+        part = self.checkpoints / f".step-{self.done:06d}.part"
+        if self.main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            self._save_tuner(part / store.FILE_NAME, torch.float32)
+            state = {"step": self.done, "losses": self.losses, "heldout": self.heldout_losses,
+                     "settings": self.settings, "tuner": asdict(self.tuner)}  # fmt: skip
+            _write_text(part / "state.json", json.dumps(state))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+        self.accelerator.wait_for_everyone()
+
+    def _latest_checkpoint(self) -> Path | None:
+        found = sorted(self.checkpoints.glob("step-*/state.json"))
+        finished = (self.output / store.FILE_NAME).exists()
+        if self.config.resume:
+            if not found:
+                raise TrainError(f"nothing to resume: {self.checkpoints} holds no checkpoint; start without --resume")
+            return found[-1].parent
+        if found and not finished:
+            raise TrainError(
+                f"{self.output} holds a run that stopped at step {int(found[-1].parent.name[5:])}. Continue it with "
+                "--resume, or give another --output, or delete the folder"
+            )
+        self.accelerator.wait_for_everyone()
+        if self.main:  # of an earlier, finished run
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            (self.output / store.FILE_NAME).unlink(missing_ok=True)
+        return None
+
+    def _restore(self, folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
+        free = {"steps", "checkpoint_every", "preview_every", "preview_prompts", "preview_steps", "guidance_scale",
+                "report_to", "data", "base"}  # fmt: skip
+        now = {**self.settings, **json.loads(json.dumps(asdict(self.tuner)))}
+        then = {**state["settings"], **state["tuner"]}
+        changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if k not in free and then.get(k) != v]
+        if changed:
+            raise TrainError(f"{folder} cannot be resumed with other settings: {'; '.join(changed)}")
+        file = store.load(folder)
+        store.check_fits(file, {k: tuple(p.shape) for k, p in self.parameters.items()}, folder)
+        for name, p in self.parameters.items():
+            p.data.copy_(file.tensors[name])
+        self.accelerator.load_state(str(folder))
+        self.done, self.losses = state["step"], state["losses"]
+        self.heldout_losses = {int(k): v for k, v in state["heldout"].items()}
+        if self.done > self.config.steps:
+            raise TrainError(f"{folder} is past --steps {self.config.steps}; give more steps")
+        self._say(f"resumed at step {self.done}")
+
+    def _save_tuner(self, path: Path, dtype: torch.dtype = torch.float16) -> Path:
+        tensors = {k: p.detach() for k, p in self.parameters.items()}
+        training = {**self.settings, "steps_done": self.done, "images": len(self.data.names)}
+        file = store.TunerFile(self.tuner, tensors, self.base, self.config.trigger_words, training)
+        return store.save(path, file, dtype)
+
+    def _evaluating(self):
+        return _Evaluating(self)
+
+    def _draw(self) -> list:
+        config = self.config
+        with self.accelerator.autocast():
+            return pipeline.draw(
+                self.pipe, self.prompts, list(range(len(self.prompts))), steps=config.preview_steps,
+                guidance=config.guidance_scale, size=self.settings["resolution"],
+            )  # fmt: skip
+
+    def preview(self, path: Path) -> list:
+        """Draws the preview prompts, and measures the held-out loss; writes the labelled grid. Main process only."""
+        if not self.main:
+            return []
+        with self._evaluating():
+            after = self._draw()
+            if self.heldout is not None:
+                self.heldout_losses[self.done] = self._heldout_loss()
+        columns = ["base", f"tuned, step {self.done}"] + (["true picture"] if self.true else [])
+        rows = [list(row) for row in zip(self.before, after, *([self.true] if self.true else []))]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_picture(pictures.grid(rows, columns, self.prompts), path)
+        if self.config.report_to:
+            self.accelerator.log({"held-out loss": self.heldout_losses.get(self.done, 0.0)}, step=self.done)
+        return after
+
+    @torch.no_grad()
+    def _heldout_loss(self) -> float:
+        """The unweighted loss on the held-out pictures, at fixed noise and 8 fixed timesteps."""
+        encoded, device = self.heldout, self.accelerator.device
+        noise = torch.randn(encoded.mean[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(device)
+        total = 0.0
+        for t in range(60, 1000, 125):
+            steps = torch.full((len(encoded.names),), t, device=device)
+            with self.accelerator.autocast():
+                total += training_loss(self.unet, self.scheduler, encoded.mean[:, 0], noise, steps, encoded.text).mean().item()
+        return total / 8
+
+    def finish(self) -> Result:
+        """Saves the tuner, loads the file into a fresh pipeline, and checks that it draws what it should."""
+        self.bar.close()
+        path, preview, plot = (self.output / n for n in (store.FILE_NAME, "preview.png", "loss.png"))
+        if self.main:
+            self._save_tuner(path)
+            for p in self.parameters.values():
+                p.data.copy_(p.data.half().float())  # the weights of the file, so that its pictures can be compared
+            after = self.preview(preview)
+            pictures.plot_losses(plot, self.losses, self.heldout_losses, f"{self.output.name}: {len(self.losses)} steps")
+            self.pipe.to("cpu")
+            self._verify(path, after)
+        self.close()
+        return Result(path, preview, plot, self.output / "config.json", self.losses, self.heldout_losses)
+
+    def _verify(self, path: Path, after: list) -> None:
+        dtype = self.unet.dtype
+        fresh = bases.load_base(self.config.base, dtype)
+        pipeline.load_tuner(fresh, path, NAME)
+        fresh.to(self.accelerator.device)
+        drawn = pipeline.draw(
+            fresh, self.prompts[:1], [0], steps=self.config.preview_steps, guidance=self.config.guidance_scale,
+            size=self.settings["resolution"],
+        )  # fmt: skip
+        same, other = pictures.distance(drawn[0], after[0]), pictures.distance(drawn[0], self.before[0])
+        if other == 0:
+            raise TrainError(f"{path} was written, but it changes nothing: a fresh pipeline draws the base's picture")
+        if same > 0.2 * other:
+            raise TrainError(
+                f"{path} was written, but a fresh pipeline does not draw the preview with it: it differs by {same:.2f} "
+                f"grey levels, and from the base's picture by {other:.2f}"
+            )
+        self._say(f"checked: the file, loaded into a fresh pipeline, draws the preview (mean difference {same:.2f} of 255)")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+class _Evaluating:
+    """While previews are drawn: all models on the device, evaluation mode, the training RNG untouched."""
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer = trainer
+
+    def __enter__(self):
+        pipe, self.random = self.trainer.pipe, torch.get_rng_state()
+        pipe.unet.eval()
+        for module in (pipe.vae, pipe.text_encoder):
+            module.to(self.trainer.accelerator.device)
+
+    def __exit__(self, *_):
+        for module in (self.trainer.pipe.vae, self.trainer.pipe.text_encoder):
+            module.to("cpu")
+        torch.set_rng_state(self.random)
+
+
+class _signals:
+    """Notes SIGINT and SIGTERM in `number` instead of dying; the second one kills as usual.
+
+    Under `accelerate launch` the end of the launcher counts as SIGTERM, since it does not pass signals on.
+    """
+
+    def __enter__(self):
+        self._number = 0
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self._old = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        except ValueError:  # not the main thread: whoever called us handles signals
+            pass
+        return self
+
+    @property
+    def number(self) -> int:
+        if self._launcher and os.getppid() != self._launcher:
+            return signal.SIGTERM
+        return self._number
+
+    def _note(self, number, _frame):
+        self._number = number
+        signal.signal(number, self._old[number])
+
+    def __exit__(self, *_):
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    precision = config.mixed_precision
+    if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
+        precision = "fp16"
+    try:
+        return Accelerator(mixed_precision=precision, log_with=config.report_to, project_dir=config.output)
+    except ValueError as error:
+        raise TrainError(f"Accelerate refuses this set-up: {error}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _write_picture(picture, path: Path) -> None:
+    part = path.with_name(f".{path.name}.part")
+    picture.save(part, format="PNG")
+    part.replace(path)
