@@ -18,7 +18,7 @@ _HOME = {
     "BaseError": "bases",
     "DataError": "data",
     "TunerFileError": "store",
-    "TrainConfig": "train",
+    "TrainConfig": "config",
     "fit": "train",
 }
 __all__ = list(_HOME)
@@ -26,10 +26,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .bases import BaseError, load_base
+    from .config import TrainConfig
     from .data import DataError
     from .pipeline import add_tuner, draw, load_tuner, save_tuner, unload_tuner
     from .store import TunerFileError
-    from .train import TrainConfig, fit
+    from .train import fit
     from .tuners import ResAttn, TunerConfig
 
 

@@ -91,8 +91,8 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
 
     @property
     def r(self) -> dict[str, int]:
-        """One entry per adapter of the whole UNet: diffusers numbers unnamed LoRAs by its length."""
-        return dict.fromkeys(self.adapters_of_unet, 0)
+        """One entry per LoRA of the whole UNet: diffusers numbers unnamed LoRAs by its length."""
+        return {n: c.r for n, c in self.adapters_of_unet.items() if not isinstance(c, TunerPeftConfig)}
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -28,7 +28,8 @@ def grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str], c
         text = "\n".join(_wrap(label, small, left - 2 * gap, (cell - 8) // 18))
         pen.multiline_text((gap, y + 4), text, fill="#444444", font=small, spacing=4)
         for i, picture in enumerate(row):
-            out.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (left + i * (cell + gap), y))
+            small_picture = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+            out.paste(small_picture, (left + i * (cell + gap), y))
     return out
 
 

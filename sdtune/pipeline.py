@@ -23,7 +23,7 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
     Args:
         pipe: a diffusers pipeline with a `unet`, or the UNet itself.
         source: a .safetensors file, a folder with one, or a hub id.
-        adapter_name: its name; by default diffusers' numbering, "default_0" and so on.
+        adapter_name: its name; by default tuner_0, tuner_1 and so on.
         weight_name: the file's name in a folder or hub repository.
         hub: for `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, ... `low_cpu_mem_usage`
             is accepted for diffusers' sake; loading never allocates the weights twice.
@@ -37,7 +37,8 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
     """
     hub.pop("low_cpu_mem_usage", None)
     unet = unet_of(pipe)
-    name = adapter_name if adapter_name is not None else f"default_{len(getattr(unet, 'peft_config', {}))}"
+    taken = getattr(unet, "peft_config", {})
+    name = adapter_name or next(n for n in map("tuner_{}".format, range(len(taken) + 1)) if n not in taken)
     attach.check_new_name(unet, name)
     file = store.load(source, weight_name, **hub)
     store.check_fits(file, attach.expected_shapes(unet, file.config), source)
@@ -47,7 +48,7 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
     return name
 
 
-def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "default") -> str:
+def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tuner_0") -> str:
     """Hangs a fresh tuner on a pipeline's UNet; it starts at zero, so pictures stay as they were.
 
     Args:
@@ -65,7 +66,7 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "defa
 def save_tuner(
     pipe,
     path: str | Path,
-    adapter_name: str = "default",
+    adapter_name: str = "tuner_0",
     *,
     dtype: torch.dtype = torch.float16,
     trigger_words: str | None = None,
@@ -140,7 +141,7 @@ def _offloading_paused(pipe):
 
     Uses three of diffusers' private helpers: there are no public ones, and its own loaders use these.
     """
-    if not hasattr(pipe, "_optionally_disable_offloading"):  # a bare UNet
+    if pipe is unet_of(pipe):  # a bare UNet
         yield
         _maybe_remove_and_reapply_group_offloading(pipe)
         return

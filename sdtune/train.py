@@ -13,9 +13,8 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,72 +25,10 @@ from diffusers.training_utils import compute_snr
 from tqdm.auto import tqdm
 
 from . import attach, bases, data, pictures, pipeline, store
+from .config import TrainConfig
 from .tuners import TunerConfig
 
 NAME = "tuner"  # the adapter's name while it trains
-
-
-def _option(default, help: str):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class TrainConfig:
-    """The settings of a training run; `train_anime.py` makes a flag of each.
-
-    Raises:
-        ValueError: listing every setting that is out of range.
-    """
-
-    data: str = _option("assets/anime", "folder of images and captions, or a hub data set")
-    base: str = _option("tiny-sd", "tiny-sd, a diffusers folder, a .safetensors checkpoint, or a hub id")
-    output: str = _option("output/anime", "folder for the tuner, previews, loss curve and checkpoints")
-    steps: int = _option(300, "optimizer steps")
-    batch_size: int = _option(10, "images per step and process")
-    gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
-    learning_rate: float | None = _option(None, "default: 1e-3 on tiny-sd (chosen there), else 1e-4 (as published)")
-    lr_scheduler: Literal["constant", "cosine", "linear"] = _option("constant", "shape of the rate after warm-up")
-    lr_warmup_steps: int = _option(0, "steps over which the rate rises from 0")
-    weight_decay: float = _option(1e-2, "AdamW's weight decay")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0 is off")
-    min_snr_gamma: float = _option(5.0, "min-SNR loss weights (arXiv 2303.09556); 0 is off")
-    caption_dropout: float = _option(0.1, "share of captions replaced by the empty one")
-    noise_offset: float = _option(0.0, "strength of an offset common to each channel of the noise; 0 is off")
-    trigger_words: str = _option("", "words put before every caption, and written into the file")
-    flip: bool = _option(False, "train on mirror images too")
-    resolution: int | None = _option(None, "side of the training pictures in px; default: the base's own")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "default: accelerate's, else fp16 on GPU")
-    gradient_checkpointing: bool = _option(False, "less memory, more time")
-    seed: int = _option(0, "of the tuner's start, the data order, and all noise")
-    checkpoint_every: int = _option(100, "steps between checkpoints")
-    preview_every: int = _option(100, "steps between previews and held-out losses; 0 is only at the end")
-    preview_prompts: list[str] = _option([], "prompts to preview; default: the first held-out captions")
-    preview_steps: int = _option(30, "sampling steps of a preview")
-    guidance_scale: float = _option(7.5, "classifier-free guidance of a preview")
-    report_to: str | None = _option(None, "an Accelerate tracker, such as tensorboard")
-    resume: bool = _option(False, "continue the run that stopped in the output folder")
-
-    def __post_init__(self):
-        least = dict(
-            steps=1, batch_size=1, gradient_accumulation_steps=1, lr_warmup_steps=0, weight_decay=0, max_grad_norm=0,
-            min_snr_gamma=0, noise_offset=0, seed=0, checkpoint_every=1, preview_every=0, preview_steps=1,
-            guidance_scale=0,
-        )  # fmt: skip
-        wrong = [f"{n} is {getattr(self, n)}; it must be at least {m}" for n, m in least.items() if not getattr(self, n) >= m]
-        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            wrong.append(f"learning_rate is {self.learning_rate}; it must be above 0")
-        if not 0 <= self.caption_dropout <= 1:
-            wrong.append(f"caption_dropout is {self.caption_dropout}; it must be from 0 to 1")
-        if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):
-            wrong.append(f"resolution is {self.resolution}; it must be at least 64 and a multiple of 8")
-        for name, choices in (("lr_scheduler", ("constant", "cosine", "linear")),
-                              ("mixed_precision", (None, "no", "fp16", "bf16"))):  # fmt: skip
-            if getattr(self, name) not in choices:
-                wrong.append(f"{name} is {getattr(self, name)!r}; possible: {', '.join(map(str, choices))}")
-        if wrong:
-            raise ValueError("this training configuration cannot be used: " + "; ".join(wrong))
 
 
 class TrainError(RuntimeError):
@@ -108,8 +45,9 @@ class Stopped(TrainError):
 
 @dataclass
 class Result:
-    """Where a finished run left its files, and its losses."""
+    """Where a finished run left its files, and its losses; `main` is False in all processes but the first."""
 
+    main: bool
     tuner: Path
     preview: Path
     loss_plot: Path
@@ -225,6 +163,7 @@ class _Trainer:
         heldout = data.read(config.data, resolution, "test", say)
         start = self._latest_checkpoint()
         say(f"{len(pairs)} pairs from {config.data}" + (f", {len(heldout)} held out" if heldout else ""))
+        say(f"loading the base {config.base}")
 
         set_seed(config.seed)
         device = self.accelerator.device
@@ -233,14 +172,14 @@ class _Trainer:
         self.base = pipeline.describe_base(pipe)
         long = data.truncated(pairs, pipe.tokenizer, config.trigger_words)
         if long:
-            say(f"{len(long)} captions are longer than the text encoder reads; their ends are cut: {', '.join(long[:5])}")
+            say(f"{len(long)} captions are longer than the text encoder reads and are cut: {', '.join(long[:5])}")
         for frozen in (pipe.vae, pipe.text_encoder, pipe.unet):
             frozen.requires_grad_(False).eval()
         pipe.vae.to(device)
         pipe.text_encoder.to(device)
         encoding = (pipe.vae, pipe.tokenizer, pipe.text_encoder, resolution)
         self.data = data.encode(pairs, *encoding, config.flip, config.trigger_words).to(device, half)
-        self.heldout = data.encode(heldout, *encoding, False, config.trigger_words).to(device, half) if heldout else None
+        self.heldout = heldout and data.encode(heldout, *encoding, False, config.trigger_words).to(device, half)
         pipe.vae.to("cpu")
         pipe.text_encoder.to("cpu")
 
@@ -257,7 +196,9 @@ class _Trainer:
             self.parameters.values(), lr=rate, weight_decay=config.weight_decay, fused=True
         )
         name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-        self.rate = get_scheduler(name, self.optimizer, config.lr_warmup_steps, config.steps)
+        self.rate = get_scheduler(
+            name, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
+        )
         self.optimizer = self.accelerator.prepare(self.optimizer)
         self.accelerator.register_for_checkpointing(self.rate)
 
@@ -266,7 +207,8 @@ class _Trainer:
             self.prompts = [f"{config.trigger_words} {p}" for p in self.prompts]
         self.true = [] if config.preview_prompts else [p.open() for p in (heldout or pairs)[:4]]
         self.settings = {k: v for k, v in asdict(config).items() if k not in ("output", "resume")}
-        self.settings.update(resolution=resolution, learning_rate=rate, mixed_precision=self.accelerator.mixed_precision)
+        self.settings |= {"resolution": resolution, "learning_rate": rate}
+        self.settings |= {"mixed_precision": self.accelerator.mixed_precision}
         self.done, self.losses, self.heldout_losses = 0, [], {}
         self.good = [p.detach().clone() for p in self.parameters.values()]
         if self.main:
@@ -280,7 +222,7 @@ class _Trainer:
             self._restore(start)
         count = sum(p.numel() for p in self.parameters.values())
         say(f"{count:,} trainable parameters on {device}, {self.accelerator.mixed_precision} mixed precision")
-        with self._evaluating(), attach.switched_off(self.unet):
+        with _Evaluating(self), attach.switched_off(self.unet):
             self.before = self._draw() if self.main else []
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
 
@@ -406,7 +348,8 @@ class _Trainer:
                 "report_to", "data", "base"}  # fmt: skip
         now = {**self.settings, **json.loads(json.dumps(asdict(self.tuner)))}
         then = {**state["settings"], **state["tuner"]}
-        changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if k not in free and then.get(k) != v]
+        differ = [k for k in now if k not in free and then.get(k) != now[k]]
+        changed = [f"{k} was {then.get(k)!r} and is {now[k]!r}" for k in differ]
         if changed:
             raise TrainError(f"{folder} cannot be resumed with other settings: {'; '.join(changed)}")
         file = store.load(folder)
@@ -426,9 +369,6 @@ class _Trainer:
         file = store.TunerFile(self.tuner, tensors, self.base, self.config.trigger_words, training)
         return store.save(path, file, dtype)
 
-    def _evaluating(self):
-        return _Evaluating(self)
-
     def _draw(self) -> list:
         config = self.config
         with self.accelerator.autocast():
@@ -441,9 +381,9 @@ class _Trainer:
         """Draws the preview prompts, and measures the held-out loss; writes the labelled grid. Main process only."""
         if not self.main:
             return []
-        with self._evaluating():
+        with _Evaluating(self):
             after = self._draw()
-            if self.heldout is not None:
+            if self.heldout:
                 self.heldout_losses[self.done] = self._heldout_loss()
         columns = ["base", f"tuned, step {self.done}"] + (["true picture"] if self.true else [])
         rows = [list(row) for row in zip(self.before, after, *([self.true] if self.true else []))]
@@ -462,7 +402,8 @@ class _Trainer:
         for t in range(60, 1000, 125):
             steps = torch.full((len(encoded.names),), t, device=device)
             with self.accelerator.autocast():
-                total += training_loss(self.unet, self.scheduler, encoded.mean[:, 0], noise, steps, encoded.text).mean().item()
+                loss = training_loss(self.unet, self.scheduler, encoded.mean[:, 0], noise, steps, encoded.text)
+            total += loss.mean().item()
         return total / 8
 
     def finish(self) -> Result:
@@ -474,11 +415,12 @@ class _Trainer:
             for p in self.parameters.values():
                 p.data.copy_(p.data.half().float())  # the weights of the file, so that its pictures can be compared
             after = self.preview(preview)
-            pictures.plot_losses(plot, self.losses, self.heldout_losses, f"{self.output.name}: {len(self.losses)} steps")
+            title = f"{self.output.name}: {len(self.losses)} steps"
+            pictures.plot_losses(plot, self.losses, self.heldout_losses, title)
             self.pipe.to("cpu")
             self._verify(path, after)
         self.close()
-        return Result(path, preview, plot, self.output / "config.json", self.losses, self.heldout_losses)
+        return Result(self.main, path, preview, plot, self.output / "config.json", self.losses, self.heldout_losses)
 
     def _verify(self, path: Path, after: list) -> None:
         dtype = self.unet.dtype
@@ -497,7 +439,7 @@ class _Trainer:
                 f"{path} was written, but a fresh pipeline does not draw the preview with it: it differs by {same:.2f} "
                 f"grey levels, and from the base's picture by {other:.2f}"
             )
-        self._say(f"checked: the file, loaded into a fresh pipeline, draws the preview (mean difference {same:.2f} of 255)")
+        self._say(f"checked: the file, loaded into a fresh pipeline, draws the preview (difference {same:.2f} of 255)")
 
     def close(self) -> None:
         self.bar.close()

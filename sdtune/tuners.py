@@ -90,8 +90,8 @@ class TunerConfig:
     kind: str = field(default="res_attn", metadata={"help": f"the tuner: {', '.join(KINDS)}"})
     rank: int = field(default=4, metadata={"help": "width of one attention head of the tuner"})
     num_heads: int = field(default=4, metadata={"help": "number of heads of the tuner"})
-    ops: tuple[str, ...] = field(
-        default=("attn1", "attn2", "ff"),
+    ops: list[str] = field(
+        default_factory=lambda: ["attn1", "attn2", "ff"],
         metadata={"help": f"the frozen operations that get a tuner beside them, any of: {' '.join(OPS)}"},
     )
     qkv_bias: bool = field(default=False, metadata={"help": "give the tuner's qkv projection a bias"})
@@ -99,7 +99,7 @@ class TunerConfig:
     proj_drop: float = field(default=0.0, metadata={"help": "dropout on the tuner's result"})
 
     def __post_init__(self):
-        object.__setattr__(self, "ops", (self.ops,) if isinstance(self.ops, str) else tuple(self.ops))
+        object.__setattr__(self, "ops", [self.ops] if isinstance(self.ops, str) else list(self.ops))
         wrong = []
         if self.kind not in KINDS:
             wrong.append(f"kind is {self.kind!r}; possible: {', '.join(KINDS)}")

@@ -16,19 +16,15 @@ CLIPTokenizer, SD v1.5's noise schedule, epsilon prediction), only smaller: 128 
 
 import argparse
 import json
-import math
 import random
 import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from corpus import SEEN, caption, load
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
-from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 HERE = Path(__file__).parent
@@ -321,7 +317,7 @@ def train_unet(cache: Path, minutes: float, batch: int) -> None:
     def loss_of_a_batch():
         which = [rng.randrange(len(rows)) for _ in range(batch)]
         variant = rng.choices((0, 1, 2), (0.66, 0.17, 0.17), k=batch)
-        flip = [rng.random() < 0.25 for _ in range(batch)]
+        flip = [int(rng.random() < 0.25) for _ in range(batch)]
         texts = ["" if rng.random() < 0.1 else caption(rows[i], v, rng) for i, v in zip(which, variant)]
         mean, deviation = means[which, variant, flip].float(), deviations[which, variant, flip].float()
         latent = ((mean + deviation * torch.randn_like(mean)) * scale).to(DEVICE)
@@ -347,10 +343,6 @@ def export(cache: Path, out: Path) -> None:
     means, _, rows = encode_corpus(cache)
     tokenizer = make_tokenizer(rows)
     vae, text, unet = new_vae(), new_text_encoder(tokenizer), UNet2DConditionModel(**UNET).to(DEVICE)
-    source = cache / "vae_final.pt"
-    if (cache / "decoder.pt").exists():
-        source = cache / "decoder.pt"
-        trainer = Trainer({"vae": vae.requires_grad_(True)}, source, 0, 0, 0)
     vae.load_state_dict(torch.load(cache / "vae_final.pt", map_location=DEVICE, weights_only=True))
     vae.register_to_config(scaling_factor=round(1 / means[:, 0].float().std().item(), 5))
     trainer = Trainer({"text": text, "unet": unet}, cache / "unet.pt", 0, 0, 0)

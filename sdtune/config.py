@@ -1,0 +1,68 @@
+"""The settings of a training run, each with its default, its help, and its range. Imports nothing heavy."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _option(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """The settings of a training run; `train_anime.py` makes a flag of each.
+
+    Raises:
+        ValueError: listing every setting that is out of range.
+    """
+
+    data: str = _option("assets/anime", "folder of images and captions, or a hub data set")
+    base: str = _option("tiny-sd", "tiny-sd, a diffusers folder, a .safetensors checkpoint, or a hub id")
+    output: str = _option("output/anime", "folder for the tuner, previews, loss curve and checkpoints")
+    steps: int = _option(300, "optimizer steps")
+    batch_size: int = _option(10, "images per step and process")
+    gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
+    learning_rate: float | None = _option(None, "default: 1e-3 on tiny-sd (chosen there), else 1e-4 (as published)")
+    lr_scheduler: Literal["constant", "cosine", "linear"] = _option("constant", "shape of the rate after warm-up")
+    lr_warmup_steps: int = _option(0, "steps over which the rate rises from 0")
+    weight_decay: float = _option(1e-2, "AdamW's weight decay")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0 is off")
+    min_snr_gamma: float = _option(5.0, "min-SNR loss weights (arXiv 2303.09556); 0 is off")
+    caption_dropout: float = _option(0.1, "share of captions replaced by the empty one")
+    noise_offset: float = _option(0.0, "strength of an offset common to each channel of the noise; 0 is off")
+    trigger_words: str = _option("", "words put before every caption, and written into the file")
+    flip: bool = _option(False, "train on mirror images too")
+    resolution: int | None = _option(None, "side of the training pictures in px; default: the base's own")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "default: accelerate's, else fp16 on GPU")
+    gradient_checkpointing: bool = _option(False, "less memory, more time")
+    seed: int = _option(0, "of the tuner's start, the data order, and all noise")
+    checkpoint_every: int = _option(100, "steps between checkpoints")
+    preview_every: int = _option(100, "steps between previews and held-out losses; 0 is only at the end")
+    preview_prompts: list[str] = _option([], "prompts to preview; default: the first held-out captions")
+    preview_steps: int = _option(30, "sampling steps of a preview")
+    guidance_scale: float = _option(7.5, "classifier-free guidance of a preview")
+    report_to: str | None = _option(None, "an Accelerate tracker, such as tensorboard")
+    resume: bool = _option(False, "continue the run that stopped in the output folder")
+
+    def __post_init__(self):
+        least = dict(
+            steps=1, batch_size=1, gradient_accumulation_steps=1, lr_warmup_steps=0, weight_decay=0, max_grad_norm=0,
+            min_snr_gamma=0, noise_offset=0, seed=0, checkpoint_every=1, preview_every=0, preview_steps=1,
+            guidance_scale=0,
+        )  # fmt: skip
+        low = [n for n, m in least.items() if not getattr(self, n) >= m]
+        wrong = [f"{n} is {getattr(self, n)}; it must be at least {least[n]}" for n in low]
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            wrong.append(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 <= self.caption_dropout <= 1:
+            wrong.append(f"caption_dropout is {self.caption_dropout}; it must be from 0 to 1")
+        if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):
+            wrong.append(f"resolution is {self.resolution}; it must be at least 64 and a multiple of 8")
+        for name, choices in (("lr_scheduler", ("constant", "cosine", "linear")),
+                              ("mixed_precision", (None, "no", "fp16", "bf16"))):  # fmt: skip
+            if getattr(self, name) not in choices:
+                wrong.append(f"{name} is {getattr(self, name)!r}; possible: {', '.join(map(str, choices))}")
+        if wrong:
+            raise ValueError("this training configuration cannot be used: " + "; ".join(wrong))

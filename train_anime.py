@@ -1,0 +1,55 @@
+"""Trains a Res-Attn tuner on image-prompt pairs; by default on the 30 anime pairs and the small base in assets/.
+
+    accelerate launch train_anime.py
+    accelerate launch train_anime.py --base path/to/sd-v1-5 --data my/pictures --output output/mine
+
+Every flag is a field of `sdtune.TunerConfig` or `sdtune.TrainConfig`; `--help` lists them.
+"""
+
+import sys
+
+import diffusers
+import transformers
+from transformers.hf_argparser import HfArgumentParser
+
+from sdtune import TrainConfig, TunerConfig
+
+LOAD = """
+from sdtune import load_base, load_tuner
+pipe = load_base("{base}")
+load_tuner(pipe, "{tuner}", adapter_name="{name}")
+"""
+
+
+def main() -> int:
+    parser = HfArgumentParser((TunerConfig, TrainConfig), description=__doc__.split("\n")[0])
+    try:
+        tuner, config = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    # what the libraries say while loading (no torchvision, casts, a bar per file) hides what this script says
+    for logging in (transformers.utils.logging, diffusers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    from sdtune.train import Stopped, TrainError, fit
+
+    try:
+        result = fit(config, tuner)
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 128 + stop.signum
+    except (TrainError, ValueError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    if result.main:
+        name = "anime" if config.output == TrainConfig.output else "mine"
+        print(f"\nthe tuner     {result.tuner}\nthe preview   {result.preview}\nthe losses    {result.loss_plot}")
+        print(f"the settings  {result.config}\n\nLoad it with:")
+        print(LOAD.format(base=config.base, tuner=result.tuner, name=name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
