@@ -43,6 +43,9 @@ def main() -> int:
     except (TrainError, ValueError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nstopped while no step was running; what is in the output folder stays", file=sys.stderr)
+        return 130
     if result.main:
         name = "anime" if config.output == TrainConfig.output else "mine"
         print(f"\nthe tuner     {result.tuner}\nthe preview   {result.preview}\nthe losses    {result.loss_plot}")

@@ -1,6 +1,7 @@
 """Turns what a user calls a base into a diffusers pipeline: "tiny-sd", a folder, a single file, or a hub id."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ def native_resolution(base: str | Path) -> int:
     config = _from_hub(str(base), "unet/config.json") if path is None else path / "unet" / "config.json"
     size = _read_json(config).get("sample_size")
     if not isinstance(size, int):
-        raise BaseError(f"{config} has the sample_size {size!r}; expected a number of latent pixels; set the resolution")
+        raise BaseError(f"{config} has sample_size {size!r}; expected a whole number; set the resolution yourself")
     return 8 * size
 
 
@@ -84,8 +85,8 @@ def _local(base: str | Path) -> Path | None:
         return path
     if text == "tiny-sd":
         raise BaseError(
-            f"the base tiny-sd is not at {path}; it comes with a clone of the repository: install that with pip -e, "
-            "or name another base"
+            f"the base tiny-sd is not at {path}; expected it where a clone of the repository has it; "
+            "install from a clone with pip install -e, or name another base"
         )
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt"):
         raise BaseError(
@@ -112,11 +113,11 @@ def _one_line(error: Exception) -> str:
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
-        raise BaseError(f"{path} is missing; {_EXPECTED} in diffusers layout; name the folder with model_index.json")
+        raise BaseError(f"{path} is missing; {_EXPECTED} in diffusers layout; name a whole one")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BaseError(f"{path} is not readable JSON: {error}; fetch the base again") from error
+        raise BaseError(f"{path} is not readable: {error}; expected JSON; fetch the base again") from error
     if not isinstance(value, dict):
         raise BaseError(f"{path} holds a JSON {type(value).__name__}; expected an object; fetch the base again")
     return value
@@ -134,9 +135,11 @@ def _from_folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     if channels != 4:
         raise _not_from_text(path, channels)
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            path, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, local_files_only=True
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch_dtype`", FutureWarning)  # diffusers < 0.40 knows no other name
+            return StableDiffusionPipeline.from_pretrained(
+                path, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, local_files_only=True
+            )
     except Exception as error:  # diffusers, transformers and safetensors raise many kinds
         raise BaseError(
             f"{path} could not be loaded: {_one_line(error)}; {_EXPECTED}, whole; fetch or save the base again"
@@ -219,28 +222,27 @@ def _looks_like_v(file: safe_open, keys: set[str]) -> bool:
 
 def _from_single_file(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     found = _inspect(path)
-    configs = CONFIGS / found.configs
     # The vocabulary is one; CLIP in 1.x pads with the end of the text, OpenCLIP in 2.x with token 0.
     padding = "!" if found.configs == "sd21" else "<|endoftext|>"
+    tokenizer = CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer", pad_token=padding)
     try:
         pipe = StableDiffusionPipeline.from_single_file(
-            str(path), config=str(configs), torch_dtype=dtype, local_files_only=True, safety_checker=None,
-            requires_safety_checker=False, tokenizer=CLIPTokenizer.from_pretrained(CONFIGS / "tokenizer", pad_token=padding),
+            str(path), config=str(CONFIGS / found.configs), torch_dtype=dtype, local_files_only=True,
+            tokenizer=tokenizer, safety_checker=None, requires_safety_checker=False,
         )  # fmt: skip
+    except NotImplementedError as error:  # what torch raises when it moves a weight without data
+        raise BaseError(
+            f"{path} lacks weights of the UNet or the VAE; {_EXPECTED} checkpoint, whole; get this base again"
+        ) from error
     except Exception as error:  # diffusers raises many kinds
         raise BaseError(
             f"{path} could not be loaded: {_one_line(error)}; {_EXPECTED} checkpoint, whole; get this base again"
         ) from error
-    # A weight that the file lacks is left without data, silently.
-    lacking = [
-        f"{part}.{name}"
-        for part in ("unet", "vae", "text_encoder")
-        for name, weight in getattr(pipe, part).named_parameters()
-        if weight.is_meta
-    ]
+    lacking = [name for name, weight in pipe.text_encoder.named_parameters() if weight.is_meta]  # left so silently
     if lacking:
         raise BaseError(
-            f"{path} lacks {len(lacking)} weights such as {lacking[0]}; {_EXPECTED} checkpoint, whole; get this base again"
+            f"{path} lacks {len(lacking)} weights of the text encoder, such as {lacking[0]}; {_EXPECTED} checkpoint, "
+            "whole; get this base again"
         )
     pipe.unet.register_to_config(sample_size=found.resolution // 8)
     pipe.scheduler.register_to_config(prediction_type=found.prediction_type)

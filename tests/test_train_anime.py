@@ -1,0 +1,102 @@
+"""The main job as a user runs it: real processes under `accelerate launch`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sdtune
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--batch_size", "2", "--preview_steps", "1", "--preview_every", "0", "--preview_prompts", "a girl"]
+
+
+def launch(*flags, launcher=(), wait=True):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *launcher, "train_anime.py", *QUICK, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    if not wait:
+        return process
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def wait_for(path: Path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not list(path.parent.glob(path.name)):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_launched_run_prints_where_things_are_and_three_lines_that_load_the_tuner(tmp_path):
+    code, output = launch("--steps", "2", "--output", str(tmp_path / "run"))
+    assert code == 0, output
+    for name in ("tuner.safetensors", "preview.png", "loss.png", "config.json"):
+        assert str(tmp_path / "run" / name) in output and (tmp_path / "run" / name).exists()
+    lines = output[output.index("from sdtune import") :].strip().splitlines()
+    assert len(lines) == 3
+    space = {}
+    exec("\n".join(lines), space)
+    assert space["pipe"].get_active_adapters() == ["mine"]
+
+
+def test_two_processes_give_what_one_process_with_twice_the_batch_gives(tmp_path):
+    flags = ["--steps", "3", "--output"]
+    code, output = launch(*flags, str(tmp_path / "two"), launcher=["--num_processes", "2"])
+    assert code == 0, output
+    code, output = launch(*flags, str(tmp_path / "one"), "--batch_size", "4")
+    assert code == 0, output
+    one, two = (load_file(tmp_path / n / "checkpoints/step-000003/tuner.safetensors") for n in ("one", "two"))
+    moved = max(t.abs().max().item() for k, t in one.items() if ".o." in k)
+    assert all(torch.allclose(one[k], two[k], atol=0.02 * moved) for k in one)
+
+
+@pytest.mark.parametrize("whom", ["the whole group, as Ctrl-C", "the launcher alone"])
+def test_a_signal_writes_a_checkpoint_before_the_run_ends(tmp_path, whom):
+    out = tmp_path / "run"
+    process = launch("--steps", "5000", "--checkpoint_every", "3", "--output", str(out), wait=False)
+    wait_for(out / "checkpoints" / "step-*", process)
+    if whom == "the launcher alone":
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "a checkpoint is in" in output and "--resume" in output, output
+    last = int(output.split("stopped at step ")[1].split()[0])
+    code, output = launch("--steps", str(last + 1), "--output", str(out), "--checkpoint_every", "3", "--resume")
+    assert code == 0 and f"resumed at step {last}" in output, output
+
+
+def test_kill_9_at_any_moment_leaves_whole_checkpoints_to_resume(tmp_path):
+    out = tmp_path / "run"
+    process = launch("--steps", "5000", "--checkpoint_every", "1", "--output", str(out), wait=False)
+    wait_for(out / "checkpoints" / "step-*3", process)
+    os.killpg(process.pid, signal.SIGKILL)  # while checkpoints are being written one after another
+    process.communicate()
+    whole = sorted((out / "checkpoints").glob("step-*"))
+    assert all(sdtune.store.load(folder).tensors for folder in whole)
+    last = int(whole[-1].name[5:])
+    code, output = launch("--steps", str(last + 1), "--output", str(out), "--resume")
+    assert code == 0 and f"resumed at step {last}" in output, output
+
+
+def test_bad_input_ends_with_a_sentence_and_no_traceback(tmp_path):
+    def complaint(*flags):
+        done = subprocess.run([sys.executable, "train_anime.py", *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "no such folder" in complaint("--data", str(tmp_path / "nowhere"))
+    assert "rank is 0" in complaint("--rank", "0")
+    assert "attn9" in complaint("--ops", "attn1", "attn9")
+    assert str(tmp_path / "base") in complaint("--base", str(tmp_path / "base"))
