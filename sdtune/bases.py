@@ -126,7 +126,9 @@ def _read_json(path: Path) -> dict:
 def _check_index(name: str | Path, index: Path) -> None:
     kind = _read_json(index).get("_class_name")
     if kind not in _KNOWN:
-        raise BaseError(f"{name} is a {kind}; {_EXPECTED} ({_KNOWN[0]}); choose another base")
+        raise BaseError(
+            f"{name} is a {kind or 'pipeline without a name'}; {_EXPECTED} ({_KNOWN[0]}); choose another base"
+        )
 
 
 def _from_folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -192,8 +194,8 @@ def _inspect_open(path: Path, file: safe_open) -> _SingleFile:
     if not any(has.values()):
         some = ", ".join(sorted(keys)[:3]) or "none"
         raise BaseError(
-            f"{path} holds no part of one (its keys begin with {some}); {advice}; for a file of a diffusers folder, "
-            "name the folder with model_index.json"
+            f"{path} holds no UNet, VAE or text encoder that is known here (its first keys: {some}); {advice}; for a "
+            "file of a diffusers folder, name the folder with model_index.json"
         )
     if not all(has.values()):
         lacking = ", ".join(part for part in has if not has[part])

@@ -310,7 +310,7 @@ BAD_FILES = {
         "Stable Diffusion XL", "another base",
     ),
     "part of a folder": (lambda s, t: save_file({"conv_in.weight": torch.ones(1)}, t), "conv_in.weight", "folder"),
-    "no tensors": (lambda s, t: save_file({}, t), "begin with none", "folder"),
+    "no tensors": (lambda s, t: save_file({}, t), "first keys: none", "folder"),
     "no VAE": (lambda s, t: edited(s, t, without("first_stage")), "holds no VAE", "whole checkpoint"),
     "UNet only": (
         lambda s, t: edited(s, t, without("first_stage", "cond")), "holds no VAE, text encoder", "whole checkpoint",
@@ -363,7 +363,7 @@ def write_index(path, kind):
 @pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusionUpscalePipeline", None])
 def test_a_folder_of_another_pipeline_is_refused(tmp_path, kind):
     write_index(tmp_path, kind)
-    assert_refused(tmp_path, tmp_path, f"is a {kind}", "another base")
+    assert_refused(tmp_path, tmp_path, f"is a {kind or 'pipeline without a name'}", "another base")
 
 
 def test_broken_folders_are_refused(folder, tmp_path):
@@ -401,6 +401,20 @@ def test_missing_paths_are_refused(base, function):
 def test_an_unreachable_hub_id_is_refused(function, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert_refused("someone/no-such-base", "someone/no-such-base", "the hub does not give", "HF_HUB_OFFLINE", function)
+
+
+def test_a_hub_id_loads_under_its_name(folder, monkeypatch):
+    monkeypatch.setattr(bases, "hf_hub_download", lambda base, name: str(folder / name))
+    monkeypatch.setattr(StableDiffusionPipeline, "download", lambda base, **_: str(folder))
+    assert load_base("someone/base").name_or_path == "someone/base"
+    assert native_resolution("someone/base") == 512
+
+
+def test_another_pipeline_on_the_hub_is_refused_before_its_weights_come(tmp_path, monkeypatch):
+    write_index(tmp_path, "StableDiffusionXLPipeline")
+    monkeypatch.setattr(bases, "hf_hub_download", lambda base, name: str(tmp_path / name))
+    monkeypatch.setattr(StableDiffusionPipeline, "download", lambda *_, **__: pytest.fail("it fetched the weights"))
+    assert_refused("someone/xl", "someone/xl", "is a StableDiffusionXLPipeline", "another base")
 
 
 def test_a_missing_tiny_sd_is_refused(monkeypatch, tmp_path):

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import SEEN, caption, load
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from corpus import SEEN, caption, load
 
 HERE = Path(__file__).parent
 SHEET = (

@@ -22,10 +22,11 @@ import time
 from pathlib import Path
 
 import torch
-from corpus import SEEN, caption, load
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from corpus import SEEN, caption, load
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -353,6 +354,9 @@ def export(cache: Path, out: Path) -> None:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.to("cpu", torch.float16).save_pretrained(out)
+    # transformers loads in the configured dtype, diffusers in fp32: make them agree where no dtype is asked for
+    config = json.loads((out / "text_encoder/config.json").read_text())
+    (out / "text_encoder/config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     size = sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1e6
     print(f"wrote {out}: {size:.1f} MB of weights, UNet after {trainer.spent / 60:.0f} minutes")
 
