@@ -1,5 +1,6 @@
 """The main job as a user runs it: real processes under `accelerate launch`."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import sdtune
@@ -56,9 +56,17 @@ def test_two_processes_give_what_one_process_with_twice_the_batch_gives(tmp_path
     assert code == 0, output
     code, output = launch(*flags, str(tmp_path / "one"), "--batch_size", "4")
     assert code == 0, output
-    one, two = (load_file(tmp_path / n / "checkpoints/step-000003/tuner.safetensors") for n in ("one", "two"))
-    moved = max(t.abs().max().item() for k, t in one.items() if ".o." in k)
-    assert all(torch.allclose(one[k], two[k], atol=0.02 * moved) for k in one)
+    one, two = (tmp_path / n / "checkpoints/step-000003" for n in ("one", "two"))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    # Adam makes a full step of the sign of a gradient near zero, so single weights may differ; the sum does not
+    far = [
+        (a - b).norm() / a.norm() for a, b in zip(*(load_file(f / "tuner.safetensors").values() for f in (one, two)))
+    ]
+    assert sum(far) / len(far) < 0.02
+
+
+def losses(checkpoint):
+    return json.loads((checkpoint / "state.json").read_text())["losses"]
 
 
 @pytest.mark.parametrize("whom", ["the whole group, as Ctrl-C", "the launcher alone"])
