@@ -222,7 +222,9 @@ class _Trainer:
         if start:
             self._restore(start)
         count = sum(p.numel() for p in self.parameters.values())
-        say(f"{count:,} trainable parameters on {device}, {self.accelerator.mixed_precision} mixed precision")
+        precision = self.accelerator.mixed_precision.replace("no", "fp32")
+        predicts = self.scheduler.config.prediction_type
+        say(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {predicts}")
         with _Evaluating(self), attach.switched_off(self.unet):
             self.before = self._draw() if self.main else []
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
