@@ -448,8 +448,6 @@ class _Trainer:
     def close(self) -> None:
         self.bar.close()
         self.accelerator.end_training()
-        if self.accelerator.num_processes == 1:
-            AcceleratorState._reset_state()  # else the next run of this process could not have another precision
 
 
 class _Evaluating:
@@ -506,10 +504,14 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     precision = config.mixed_precision
     if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
         precision = "fp16"
+    AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
     try:
-        return Accelerator(mixed_precision=precision, log_with=config.report_to, project_dir=config.output)
+        accelerator = Accelerator(mixed_precision=precision, log_with=config.report_to, project_dir=config.output)
     except ValueError as error:
         raise TrainError(f"Accelerate refuses this set-up: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainError("fp16 mixed precision needs a GPU; this run is on the CPU, where bf16 or no will do")
+    return accelerator
 
 
 def _write_text(path: Path, text: str) -> None:
