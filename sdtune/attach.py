@@ -8,7 +8,7 @@ every key of the backbone stays as it was. The module that holds the tuners of o
 """
 
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -39,10 +39,12 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         self.tuners = nn.ModuleDict()
         self.weights: dict[str, float] = {}  # set_adapters' weight
         self.call_scales: dict[str, float] = {}  # cross_attention_kwargs' scale, during one call
+        self.adapters_of_unet: dict[str, PeftConfig] = {}  # the UNet's peft_config
+        self.cast_input_dtype_enabled = True  # diffusers' layerwise casting switches it off
         self._active_adapter = []
         self._disable_adapters = False
 
-    def residual(self, x: torch.Tensor) -> torch.Tensor | None:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | None:
         """The weighted sum of the active tuners at x (B, N, dim), or None where there is none."""
         total = None
         for name in [] if self._disable_adapters else self.active_adapters:
@@ -50,8 +52,8 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
             if name not in self.tuners or scale == 0:
                 continue
             tuner = self.tuners[name]
-            dtype = next(tuner.parameters()).dtype
-            part = tuner(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype))
+            autocast = torch.is_autocast_enabled(x.device.type)
+            part = tuner(x if autocast else self._cast_input_dtype(x, next(tuner.parameters()).dtype))
             part = part if scale == 1 else part * scale
             total = part if total is None else total + part
         return total
@@ -94,7 +96,20 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         """One entry per LoRA of the whole UNet: diffusers numbers unnamed LoRAs by its length."""
         return {n: c.r for n, c in self.adapters_of_unet.items() if not isinstance(c, TunerPeftConfig)}
 
+    @property
+    def lora_A(self) -> nn.ModuleDict:
+        """What diffusers' `set_lora_device` moves."""
+        return self.tuners
+
+    lora_B = lora_A
+
     def delete_adapter(self, adapter_name: str) -> None:
+        active = [n for n in self.active_adapters if n != adapter_name]
+        if not active and adapter_name in self.active_adapters:
+            # PEFT makes an adapter that is left the active one, layer by layer; all layers must choose the same
+            left = [n for n in self.adapters_of_unet if n != adapter_name]
+            active = (sorted(n for n in left if n in self.r) or sorted(left))[:1]
+        self.set_adapter(active)
         super().delete_adapter(adapter_name)
         self.weights.pop(adapter_name, None)
         self.call_scales.pop(adapter_name, None)
@@ -114,7 +129,7 @@ def _add_residual(op: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor
     holder = op._modules.get(_CHILD)
     if holder is None:  # unload_lora_weights took the tuners away
         return None
-    residual = holder.residual(args[0] if args else kwargs["hidden_states"])
+    residual = holder(args[0] if args else kwargs["hidden_states"])
     return None if residual is None else output + residual.to(output.dtype)
 
 
@@ -124,12 +139,18 @@ def _fuse_lora(unet, lora_scale=1.0, safe_fusing=False, adapter_names=None):
              for n in (adapter_names or holder.active_adapters) if n in holder.tuners}  # fmt: skip
     if names:
         raise ValueError(_cannot_fuse(sorted(names)))
-    return type(unet).fuse_lora(unet, lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+    try:
+        type(unet).fuse_lora(unet, lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+    finally:
+        for _, holder in _holders(unet):  # lora_scale is for the LoRAs that are fused
+            holder.unscale_layer()
 
 
 def _load_lora_adapter(unet, *args, **kwargs):
     """diffusers' `load_lora_adapter`: as with two LoRAs, the one loaded last is the active one."""
-    before = set(getattr(unet, "peft_config", {}))
+    before, name = set(getattr(unet, "peft_config", {})), kwargs.get("adapter_name")
+    if name in tuner_names(unet):
+        raise ValueError(f"adapter name {name!r} is already in use, by a tuner; a LoRA needs another name")
     result = type(unet).load_lora_adapter(unet, *args, **kwargs)
     added = [n for n in unet.peft_config if n not in before] if hasattr(unet, "peft_config") else []
     for _, holder in _holders(unet) if added else []:
@@ -183,6 +204,8 @@ def check_new_name(unet, name: str) -> None:
     """Raises ValueError unless `name` can name a new adapter of this UNet."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"adapter_name is {name!r}; it must be a non-empty string without a dot")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapter_name is {name!r}, a word that PyTorch reserves; choose another name")
     if name in getattr(unet, "peft_config", {}):
         raise ValueError(
             f"adapter_name {name!r} is already in use; present: {', '.join(unet.peft_config)}. "
@@ -193,17 +216,21 @@ def check_new_name(unet, name: str) -> None:
 def attach(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Hangs a tuner on `unet` as adapter `name`, with fresh weights or with `tensors`, and activates it alone.
 
-    Fresh weights are drawn from torch's global generator on the CPU. The tuner takes the device and dtype
-    of the operation beside it. Other adapters stay attached but inactive, as when a LoRA is loaded.
+    Fresh weights are drawn from torch's global generator on the CPU. The tuner takes the device of the operation
+    beside it and the dtype that the UNet computes in. Other adapters stay attached but inactive, as when a LoRA
+    is loaded.
 
     Raises:
-        ValueError: for a name in use, or a model without the operations. Nothing is changed then.
+        ValueError: for a name in use, or a model without the operations, or with its weights elsewhere. Nothing
+            is changed then.
     """
     check_new_name(unet, name)
     ops = find_ops(unet, config)
     tuners = {}
     for path, (op, dim) in ops.items():
-        like = next(p for p in op.parameters() if p.is_floating_point())
+        device = next(op.parameters()).device
+        if hasattr(op, "_hf_hook") and device.type == "meta":
+            raise ValueError("this UNet's weights are offloaded; hand over the pipeline, or remove its hooks first")
         if tensors is None:
             tuner = build(config, dim)
         else:
@@ -211,7 +238,7 @@ def attach(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor
                 tuner = build(config, dim)
             own = {n: tensors[f"{path}.{n}"] for n, _ in tuner.named_parameters()}
             tuner.load_state_dict(own, assign=True)
-        tuners[path] = tuner.to(like.device, like.dtype).train(op.training)
+        tuners[path] = tuner.to(device, unet.dtype).train(op.training)
 
     if getattr(unet, "peft_config", None) is None:
         unet.peft_config = {}
@@ -225,11 +252,12 @@ def attach(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor
         holder = getattr(op, _CHILD)
         holder.tuners[name], holder.weights[name] = tuners[path], 1.0
         holder.adapters_of_unet = unet.peft_config
-    unet.fuse_lora = MethodType(_fuse_lora, unet)
-    unet.load_lora_adapter = MethodType(_load_lora_adapter, unet)
+    unet.fuse_lora = partial(_fuse_lora, unet)  # unlike a method, a partial can be pickled
+    unet.load_lora_adapter = partial(_load_lora_adapter, unet)
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter([name])
+            module.enable_adapters(True)
 
 
 def tuner_names(unet) -> list[str]:
@@ -269,10 +297,13 @@ def parameters_of(unet, name: str) -> dict[str, nn.Parameter]:
     }
 
 
-def detach(unet, name: str) -> None:
-    """Removes the tuner `name` altogether; the last one leaves the UNet as if there had never been any."""
+def detach(unet, name: str, pipe=None) -> None:
+    """Removes the tuner `name` altogether; the last one leaves the UNet as if there had never been any.
+
+    Given its pipeline, the LoRAs in other parts of that learn of it, too.
+    """
     require(unet, name)
-    unet.delete_adapters(name)
+    (pipe or unet).delete_adapters(name)
     for path, holder in _holders(unet):
         if not holder.tuners:
             op = unet.get_submodule(path)

@@ -508,11 +508,18 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         precision = "fp16"
     AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
     try:
-        accelerator = Accelerator(mixed_precision=precision, log_with=config.report_to, project_dir=config.output)
+        accelerator = Accelerator(
+            mixed_precision=precision, log_with=config.report_to, project_dir=config.output,
+            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not see each other
+        )  # fmt: skip
     except ValueError as error:
         raise TrainError(f"Accelerate refuses this set-up: {error}") from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise TrainError("fp16 mixed precision needs a GPU; this run is on the CPU, where bf16 or no will do")
+    if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16":
+            raise TrainError("fp16 mixed precision needs a GPU; this run is on the CPU, where bf16 or no will do")
+        if accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            # `accelerate launch` without --cpu sets OMP_NUM_THREADS=1, with GPUs in mind
+            torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return accelerator
 
 
