@@ -104,12 +104,10 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
     lora_B = lora_A
 
     def delete_adapter(self, adapter_name: str) -> None:
-        active = [n for n in self.active_adapters if n != adapter_name]
-        if not active and adapter_name in self.active_adapters:
-            # PEFT makes an adapter that is left the active one, layer by layer; all layers must choose the same
-            left = [n for n in self.adapters_of_unet if n != adapter_name]
-            active = (sorted(n for n in left if n in self.r) or sorted(left))[:1]
-        self.set_adapter(active)
+        if self.active_adapters == [adapter_name]:
+            # PEFT activates, layer by layer, one that is left: a LoRA layer its first LoRA. All must choose the same.
+            left = sorted(n for n in self.adapters_of_unet if n != adapter_name)
+            self.set_adapter([n for n in left if n in self.r][:1] or left[:1])
         super().delete_adapter(adapter_name)
         self.weights.pop(adapter_name, None)
         self.call_scales.pop(adapter_name, None)
@@ -229,7 +227,7 @@ def attach(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor
     tuners = {}
     for path, (op, dim) in ops.items():
         device = next(op.parameters()).device
-        if hasattr(op, "_hf_hook") and device.type == "meta":
+        if device.type == "meta" and any(hasattr(m, "_hf_hook") for m in op.modules()):
             raise ValueError("this UNet's weights are offloaded; hand over the pipeline, or remove its hooks first")
         if tensors is None:
             tuner = build(config, dim)

@@ -5,6 +5,7 @@ After that diffusers' own `set_adapters`, `disable_lora` / `enable_lora`, `delet
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,18 +34,18 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
 
     Raises:
         TunerFileError: if the file cannot be used or does not fit this UNet; the pipeline is as it was.
-        ValueError: if the name is taken.
+        ValueError: if the name is taken or cannot be one.
     """
     hub.pop("low_cpu_mem_usage", None)
     unet = unet_of(pipe)
-    taken = getattr(unet, "peft_config", {})
-    name = adapter_name or next(n for n in map("tuner_{}".format, range(len(taken) + 1)) if n not in taken)
+    taken, name = getattr(unet, "peft_config", {}), adapter_name
+    if name is None:
+        name = next(n for n in map("tuner_{}".format, range(len(taken) + 1)) if n not in taken)
     attach.check_new_name(unet, name)
     file = store.load(source, weight_name, **hub)
     store.check_fits(file, attach.expected_shapes(unet, file.config), source)
-    with _offloading_paused(pipe):
-        attach.attach(unet, file.config, name, file.tensors)
-    unet.peft_config[name].file = file
+    _attach(pipe, file.config, name, file.tensors)
+    unet.peft_config[name].file = replace(file, tensors={})
     return name
 
 
@@ -56,11 +57,18 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tune
         config: what to hang where; by default Res-Attn 4x4 on attn1, attn2 and ff.
 
     Raises:
-        ValueError: if the name is taken, or the UNet lacks the operations.
+        ValueError: if the name is taken or cannot be one, or the UNet lacks the operations.
     """
-    with _offloading_paused(pipe):
-        attach.attach(unet_of(pipe), config or TunerConfig(), adapter_name)
+    _attach(pipe, config or TunerConfig(), adapter_name)
     return adapter_name
+
+
+def _attach(pipe, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    unet = unet_of(pipe)
+    with _offloading_paused(pipe):
+        attach.attach(unet, config, name, tensors)
+        if pipe is not unet:
+            pipe.set_adapters(name)  # a LoRA may be active in the text encoder, too
 
 
 def save_tuner(
@@ -108,7 +116,7 @@ def unload_tuner(pipe, adapter_name: str) -> None:
     """
     attach.require(unet_of(pipe), adapter_name)
     with _offloading_paused(pipe):
-        attach.detach(unet_of(pipe), adapter_name)
+        attach.detach(unet_of(pipe), adapter_name, pipe)
 
 
 def unet_of(pipe) -> torch.nn.Module:
@@ -142,8 +150,10 @@ def _offloading_paused(pipe):
     Uses three of diffusers' private helpers: there are no public ones, and its own loaders use these.
     """
     if pipe is unet_of(pipe):  # a bare UNet
-        yield
-        _maybe_remove_and_reapply_group_offloading(pipe)
+        try:
+            yield
+        finally:
+            _maybe_remove_and_reapply_group_offloading(pipe)
         return
     model, sequential, group = pipe._optionally_disable_offloading(pipe)
     try:

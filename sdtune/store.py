@@ -9,7 +9,7 @@ name and shape, trigger words, training settings and library versions as JSON, a
 import datetime
 import json
 import os
-import tempfile
+import uuid
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ from .tuners import TunerConfig
 
 FORMAT_VERSION = "1"
 FILE_NAME = "tuner.safetensors"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TunerFileError(ValueError):
@@ -106,16 +107,14 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
     if resolution:
         metadata["modelspec.resolution"] = f"{resolution}x{resolution}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+    part = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
     try:
         save_file(tensors, part, metadata=metadata)
-        os.chmod(part, 0o644)
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return path
 
 
@@ -150,7 +149,8 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
             foreign = [k for k in keys if not k.startswith("unet.")]
             if foreign:
                 raise TunerFileError(f"{path} holds keys that are no tuner's: {_some(foreign)}; expected unet.* only")
-            tensors = {k.removeprefix("unet."): f.get_tensor(k) for k in keys}
+            # get_tensor gives a view of the file, which would change with it
+            tensors = {k.removeprefix("unet."): f.get_tensor(k).clone() for k in keys}
     except (SafetensorError, OSError) as error:
         raise TunerFileError(
             f"{path} is not a whole safetensors file ({error}); it may be truncated, or a pickle under another name. "
@@ -169,9 +169,13 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
         config = TunerConfig(**fields["tuner"])
     except (TypeError, ValueError) as error:
         raise TunerFileError(f"{path}: its tuner configuration {fields['tuner']} is not usable: {error}") from error
-    bad = [k for k, t in tensors.items() if not t.is_floating_point() or not torch.isfinite(t).all()]
+    bad = [k for k, t in tensors.items() if t.dtype not in _FLOATS or not torch.isfinite(t).all()]
     if bad:
-        raise TunerFileError(f"{path} holds NaN, infinite or non-float weights: {_some(bad)}")
+        kinds = ", ".join(sorted({str(tensors[k].dtype) for k in bad}))
+        raise TunerFileError(
+            f"{path} holds weights that are NaN, infinite or non-float ({kinds}): {_some(bad)}; expected finite "
+            "weights of 16, 32 or 64 bits"
+        )
     trigger = metadata.get("sdtune.trigger_words", "")
     return TunerFile(config, tensors, fields["base"], trigger, fields["training"], fields["versions"])
 
@@ -202,8 +206,14 @@ def check_fits(file: TunerFile, expected: dict[str, tuple[int, ...]], source) ->
 
 def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
     """The path of a tuner file on this machine, fetched from the hub if `source` is a repository's id."""
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        folder, single = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user, ...
+        raise TunerFileError(
+            f"{source} cannot be looked up ({error}); expected a file, a folder or a hub id"
+        ) from error
+    if folder:
         if (path / weight_name).is_file():
             return path / weight_name
         there = sorted(p.name for p in path.glob("*.safetensors"))
@@ -213,7 +223,7 @@ def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
             f"{path} holds no {weight_name}; found {', '.join(there) or 'no .safetensors file'}. "
             "Name one with weight_name"
         )
-    if path.is_file():
+    if single:
         if path.suffix != ".safetensors":
             raise TunerFileError(
                 f"{path} is not loaded: only .safetensors files are, since a {path.suffix or 'nameless'} file may be "

@@ -99,16 +99,20 @@ class TunerConfig:
     proj_drop: float = field(default=0.0, metadata={"help": "dropout on the tuner's result"})
 
     def __post_init__(self):
-        object.__setattr__(self, "ops", [self.ops] if isinstance(self.ops, str) else list(self.ops))
+        ops = [self.ops] if isinstance(self.ops, str) else self.ops
+        object.__setattr__(self, "ops", list(ops) if isinstance(ops, (list, tuple)) else ops)
         wrong = []
-        if self.kind not in KINDS:
+        if self.kind not in list(KINDS):
             wrong.append(f"kind is {self.kind!r}; possible: {', '.join(KINDS)}")
         for name in ("rank", "num_heads"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
                 wrong.append(f"{name} is {value!r}; it must be a whole number from 1 to 1024")
-        if not self.ops or len(set(self.ops)) < len(self.ops) or not set(self.ops) <= set(OPS):
+        known = isinstance(self.ops, list) and all(op in OPS and self.ops.count(op) == 1 for op in self.ops)
+        if not self.ops or not known:
             wrong.append(f"ops is {self.ops!r}; it must name one or more of {', '.join(OPS)}, each once")
+        if not isinstance(self.qkv_bias, bool):
+            wrong.append(f"qkv_bias is {self.qkv_bias!r}; it must be true or false")
         for name in ("attn_drop", "proj_drop"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1:

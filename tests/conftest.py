@@ -1,11 +1,72 @@
-"""What tests share: the real small base, and a few real pairs."""
+"""What tests share: the real small base, tuner and LoRA files for it, and a few real pairs."""
 
+import copy
+import os
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers, logging
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
+import sdtune
+from sdtune import attach
+
 ANIME = Path(__file__).parent.parent / "assets" / "anime"
+
+
+def stir(pipe, name: str, seed: int, size: float = 0.05) -> None:
+    """Gives a fresh tuner weights that show."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, p in attach.parameters_of(sdtune.pipeline.unet_of(pipe), name).items():
+        if ".o." in key:
+            p.data += size * torch.randn(p.shape, generator=generator).to(p)
+
+
+def picture(pipe, **kwargs) -> torch.Tensor:
+    """What a pipeline draws, small, in two steps, before the VAE rounds it."""
+    options = dict(num_inference_steps=2, guidance_scale=3.0, height=64, width=64, output_type="latent")
+    return pipe("a cat face", generator=torch.Generator().manual_seed(0), **{**options, **kwargs}).images
+
+
+@pytest.fixture(scope="session")
+def base() -> StableDiffusionPipeline:
+    """The small base, for reading only."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return sdtune.load_base("tiny-sd")
+
+
+@pytest.fixture
+def pipe(base) -> StableDiffusionPipeline:
+    """The small base, to change."""
+    return copy.deepcopy(base)
+
+
+@pytest.fixture(scope="session")
+def files(base, tmp_path_factory) -> Path:
+    """A folder with two tuners, and a LoRA of UNet and text encoder as diffusers saves it, all for the small base."""
+    folder = tmp_path_factory.mktemp("files")
+    for seed, (name, ops) in enumerate({"one": ["attn1", "attn2", "ff"], "two": ["attn1", "ff"]}.items()):
+        pipe = copy.deepcopy(base)
+        sdtune.add_tuner(pipe, sdtune.TunerConfig(ops=ops), name)
+        stir(pipe, name, seed)
+        sdtune.save_tuner(pipe, folder / f"{name}.safetensors", name)
+    pipe, layers = copy.deepcopy(base), {}
+    torch.manual_seed(3)
+    for part, model, targets in (
+        ("unet", pipe.unet, ["to_q", "to_k", "to_v", "to_out.0"]),
+        ("text_encoder", pipe.text_encoder, ["q_proj", "v_proj"]),
+    ):
+        model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+        layers[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+    StableDiffusionPipeline.save_lora_weights(folder / "lora", **layers)
+    return folder
 
 
 @pytest.fixture
