@@ -14,6 +14,9 @@ _HOME = {
     "save_tuner": "pipeline",
     "unload_tuner": "pipeline",
     "draw": "pipeline",
+    "Cell": "drawing",
+    "compare": "drawing",
+    "draw_cells": "drawing",
     "load_base": "bases",
     "BaseError": "bases",
     "DataError": "data",
@@ -26,6 +29,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .bases import BaseError, load_base
+    from .drawing import Cell, compare, draw_cells
     from .config import TrainConfig
     from .data import DataError
     from .pipeline import add_tuner, draw, load_tuner, save_tuner, unload_tuner

@@ -7,12 +7,14 @@ every key of the backbone stays as it was. The module that holds the tuners of o
 `cross_attention_kwargs={"scale": s}` to drive a tuner like a LoRA, and to mix the two.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from peft import PeftConfig
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -37,7 +39,7 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
     def __init__(self):
         nn.Module.__init__(self)
         self.tuners = nn.ModuleDict()
-        self.weights: dict[str, float] = {}  # set_adapters' weight
+        self.weights: dict[str, float | torch.Tensor] = {}  # set_adapters' weight, or one per sample (B,)
         self.call_scales: dict[str, float] = {}  # cross_attention_kwargs' scale, during one call
         self.adapters_of_unet: dict[str, PeftConfig] = {}  # the UNet's peft_config
         self.cast_input_dtype_enabled = True  # diffusers' layerwise casting switches it off
@@ -49,14 +51,33 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         total = None
         for name in [] if self._disable_adapters else self.active_adapters:
             scale = self.weights.get(name, 0.0) * self.call_scales.get(name, 1.0)
-            if name not in self.tuners or scale == 0:
+            if name not in self.tuners:
                 continue
-            tuner = self.tuners[name]
-            autocast = torch.is_autocast_enabled(x.device.type)
-            part = tuner(x if autocast else self._cast_input_dtype(x, next(tuner.parameters()).dtype))
-            part = part if scale == 1 else part * scale
+            if isinstance(scale, torch.Tensor):
+                part = self._per_sample(name, x, scale)
+            elif scale == 0:
+                continue
+            else:
+                part = self._tune(name, x)
+                part = part if scale == 1 else part * scale
             total = part if total is None else total + part
         return total
+
+    def _tune(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        tuner = self.tuners[name]
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return tuner(x if autocast else self._cast_input_dtype(x, next(tuner.parameters()).dtype))
+
+    def _per_sample(self, name: str, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Each sample's result times its own weight; samples of weight 0 are not computed."""
+        weights = _tiled(weights, len(x))
+        rows = weights.nonzero()[:, 0]  # on the CPU, as the weights are: no wait for a GPU
+        if not len(rows):
+            return torch.zeros_like(x)
+        weights, rows = weights[rows].to(x.device), rows.to(x.device)
+        part = self._tune(name, x[rows])
+        part = (part * weights[:, None, None]).to(part.dtype)
+        return part.new_zeros(x.shape).index_copy(0, rows, part)
 
     # What diffusers and PEFT call on every adapter layer.
 
@@ -111,6 +132,13 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.weights.pop(adapter_name, None)
         self.call_scales.pop(adapter_name, None)
+
+
+def _tiled(weights: torch.Tensor, batch: int) -> torch.Tensor:
+    """The cells' weights (C,) for a batch that holds all the cells once or more: (batch,)."""
+    if batch % len(weights):
+        raise ValueError(f"a batch of {batch} samples cannot hold {len(weights)} cells, each with its own weight")
+    return weights.repeat(batch // len(weights))
 
 
 def _cannot_fuse(names: list[str]) -> str:
@@ -273,15 +301,101 @@ def require(unet, name: str) -> TunerConfig:
 
 @contextmanager
 def switched_off(unet):
-    """The UNet without the effect of any of its tuners, for the length of a `with`."""
-    holders = [(h, h._disable_adapters) for _, h in _holders(unet)]
-    for holder, _ in holders:
-        holder._disable_adapters = True
+    """The UNet without the effect of any of its adapters, for the length of a `with`."""
+    layers = [(m, m._disable_adapters) for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+    for layer, _ in layers:
+        layer._disable_adapters = True
     try:
         yield
     finally:
-        for holder, before in holders:
-            holder._disable_adapters = before
+        for layer, before in layers:
+            layer._disable_adapters = before
+
+
+def can_share_a_pass(unet, names: Iterable[str]) -> bool:
+    """Whether `per_sample_weights` can weigh these adapters; those that this UNet does not have are no hindrance."""
+    return _hindrance(unet, [n for n in names if n in (getattr(unet, "peft_config", None) or {})]) is None
+
+
+def _hindrance(unet, names: list[str]) -> str | None:
+    """Why these adapters cannot have a weight per sample, if they cannot: the first reason found."""
+    seen = set()
+    for path, module in unet.named_modules():
+        if getattr(module, "_chunk_size", None) is not None and names:
+            return "the feed-forward gets its samples in chunks; call unet.disable_forward_chunking() first"
+        here = [n for n in names if isinstance(module, BaseTunerLayer) and n in module._get_available_adapters()]
+        seen.update(here)
+        for name in here if not isinstance(module, ParallelTuners) else []:
+            if not isinstance(module, (lora.Linear, lora.Conv2d)):
+                return f"adapter {name!r} is no LoRA of linear layers and convolutions: {path} is {type(module).__name__}"
+            if name in module.lora_variant:
+                return f"adapter {name!r} is a {type(module.lora_variant[name]).__name__}, which has no plain scale"
+            if module.merged:
+                return f"adapter {name!r} is on {path}, into which {', '.join(module.merged_adapters)} is fused"
+    missing = [n for n in names if n not in seen]
+    return f"no layer of this UNet has an adapter named {', '.join(map(repr, missing))}" if missing else None
+
+
+@contextmanager
+def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int = 1):
+    """Exactly the named adapters, each with a weight per sample of the batch, for the length of a `with`.
+
+    What comes out for a sample is what `set_adapters` with its weights gives. A batch may hold the samples several
+    times over, one copy after the other, as under classifier-free guidance ([all uncond, all cond]): weights are
+    tiled to its length. After the `with`, active adapters, weights and switches are as they were.
+
+    Args:
+        weights: tuner or LoRA -> one weight per sample, as many for each.
+        repeat: how many copies to demand of a batch at least; 2 under guidance.
+
+    Raises:
+        ValueError: if there is no such adapter, or it cannot have a weight per sample (DoRA, a fused LoRA, ...).
+    """
+    why = _hindrance(unet, list(weights))
+    lengths = {n: len(w) for n, w in weights.items()}
+    if why is None and (len(set(lengths.values())) > 1 or 0 in lengths.values()):
+        why = f"every adapter needs as many weights as there are samples; found {lengths}"
+    if why:
+        raise ValueError(f"weights per sample are not possible: {why}")
+    tensors = {n: torch.tensor(list(w), dtype=torch.float32, device="cpu").repeat(repeat) for n, w in weights.items()}
+    layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+    before, hooks = [(m, m._active_adapter, m._disable_adapters, dict(_scales(m))) for m in layers], []
+    try:
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = list(tensors), False  # set_adapter would unfreeze, too
+            if isinstance(layer, ParallelTuners):
+                layer.weights.update({n: t for n, t in tensors.items() if n in layer.tuners})
+            elif tensors.keys() & layer._get_available_adapters():
+                for name in tensors:
+                    layer.set_scale(name, 1.0)
+                hooks.append(layer.register_forward_pre_hook(partial(_scale_samples, tensors)))
+                hooks.append(layer.register_forward_hook(_unscale_samples, always_call=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, active, disabled, scales in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+            _scales(layer).update(scales)
+
+
+def _scales(layer: BaseTunerLayer) -> dict[str, float]:
+    return layer.weights if isinstance(layer, ParallelTuners) else getattr(layer, "scaling", {})
+
+
+def _scale_samples(tensors: dict[str, torch.Tensor], layer, args: tuple) -> None:
+    """Before a LoRA layer: its scaling times the sample's weight, (B, 1, 1) for tokens, (B, 1, 1, 1) for pictures.
+
+    Only now are the device and the length of the batch known, and a call's own scale is in `layer.scaling`.
+    """
+    x, layer.plain_scaling = args[0], dict(layer.scaling)
+    for name in tensors.keys() & layer.scaling.keys():
+        own = _tiled(tensors[name], len(x)).to(x.device)
+        layer.scaling[name] = layer.scaling[name] * own.view(-1, *[1] * (x.ndim - 1))
+
+
+def _unscale_samples(layer, args: tuple, output) -> None:
+    layer.scaling.update(layer.__dict__.pop("plain_scaling", {}))
 
 
 def parameters_of(unet, name: str) -> dict[str, nn.Parameter]:

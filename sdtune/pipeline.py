@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
-from . import attach, store
-from .tuners import TunerConfig
+from . import attach, baselines, store
+from .tuners import BASELINES, TunerConfig
 
 # What makes two bases alike for a tuner, in the words of the UNet's config.
 _SHAPE = ("block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim", "in_channels")
@@ -20,6 +20,8 @@ _SHAPE = ("block_out_channels", "layers_per_block", "cross_attention_dim", "atte
 
 def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = store.FILE_NAME, **hub) -> str:
     """Loads a tuner file into a pipeline, under `adapter_name`, and makes it the active adapter.
+
+    A LoRA file of another tool is handed to diffusers' `load_lora_weights`.
 
     Args:
         pipe: a diffusers pipeline with a `unet`, or the UNet itself.
@@ -42,11 +44,27 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
     if name is None:
         name = next(n for n in map("tuner_{}".format, range(len(taken) + 1)) if n not in taken)
     attach.check_new_name(unet, name)
-    file = store.load(source, weight_name, **hub)
-    store.check_fits(file, attach.expected_shapes(unet, file.config), source)
+    path = store.find(source, weight_name, **hub)
+    if store.is_plain_lora(path):
+        _load_plain_lora(pipe, path, name)
+        return name
+    file = store.load(path)
+    store.check_fits(file, _home(file.config).expected_shapes(unet, file.config), source)
     _attach(pipe, file.config, name, file.tensors)
     unet.peft_config[name].file = replace(file, tensors={})
     return name
+
+
+def _load_plain_lora(pipe, path: Path, name: str) -> None:
+    if pipe is unet_of(pipe):
+        raise store.TunerFileError(f"{path} is a LoRA of another tool; load it into a pipeline, not into a bare UNet")
+    try:
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    except Exception as error:  # diffusers raises many kinds
+        if any(name in names for names in pipe.get_list_adapters().values()):
+            pipe.delete_adapters(name)
+        reason = " ".join(str(error).split())[:300]
+        raise store.TunerFileError(f"{path} is a LoRA that does not fit this base: {reason}") from error
 
 
 def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tuner_0") -> str:
@@ -59,14 +77,39 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tune
     Raises:
         ValueError: if the name is taken or cannot be one, or the UNet lacks the operations.
     """
+    attach.check_new_name(unet_of(pipe), adapter_name)
     _attach(pipe, config or TunerConfig(), adapter_name)
     return adapter_name
+
+
+def _home(config: TunerConfig):
+    """The module that knows tuners of this kind: `attach` or `baselines`, which have the same verbs."""
+    return baselines if config.kind in BASELINES else attach
+
+
+def config_of(pipe, adapter_name: str) -> TunerConfig:
+    """The configuration of an attached tuner (or of a LoRA that sdtune added or trained).
+
+    Raises:
+        ValueError: naming those that are there, if there is none of that name.
+    """
+    adapters = getattr(unet_of(pipe), "peft_config", None) or {}
+    ours = [n for n, c in adapters.items() if hasattr(c, "tuner")]
+    if adapter_name not in ours:
+        there = ", ".join(map(repr, ours)) or "none"
+        raise ValueError(f"no tuner named {adapter_name!r} is attached; attached tuners: {there}")
+    return adapters[adapter_name].tuner
+
+
+def parameters_of(pipe, adapter_name: str) -> dict[str, torch.nn.Parameter]:
+    """The parameters of an attached tuner, keyed as in its file (without the leading "unet.")."""
+    return _home(config_of(pipe, adapter_name)).parameters_of(unet_of(pipe), adapter_name)
 
 
 def _attach(pipe, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
     unet = unet_of(pipe)
     with _offloading_paused(pipe):
-        attach.attach(unet, config, name, tensors)
+        _home(config).attach(unet, config, name, tensors)
         if pipe is not unet:
             pipe.set_adapters(name)  # a LoRA may be active in the text encoder, too
 
@@ -94,10 +137,10 @@ def save_tuner(
         ValueError: if no such tuner is attached, or a weight is not finite.
     """
     unet = unet_of(pipe)
-    config = attach.require(unet, adapter_name)
+    config = config_of(unet, adapter_name)
     old = getattr(unet.peft_config[adapter_name], "file", None)
     with _offloading_paused(pipe):  # offloaded weights are elsewhere
-        tensors = {k: p.detach().cpu() for k, p in attach.parameters_of(unet, adapter_name).items()}
+        tensors = {k: p.detach().cpu() for k, p in parameters_of(unet, adapter_name).items()}
     file = store.TunerFile(
         config,
         tensors,
@@ -114,9 +157,9 @@ def unload_tuner(pipe, adapter_name: str) -> None:
     Raises:
         ValueError: if no tuner of that name is attached.
     """
-    attach.require(unet_of(pipe), adapter_name)
+    config = config_of(pipe, adapter_name)
     with _offloading_paused(pipe):
-        attach.detach(unet_of(pipe), adapter_name, pipe)
+        _home(config).detach(unet_of(pipe), adapter_name, pipe)
 
 
 def unet_of(pipe) -> torch.nn.Module:

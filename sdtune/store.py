@@ -180,6 +180,15 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
     return TunerFile(config, tensors, fields["base"], trigger, fields["training"], fields["versions"])
 
 
+def is_plain_lora(path: Path) -> bool:
+    """Whether a file holds a LoRA that another tool wrote (kohya, diffusers, ...)."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return "sdtune.format_version" not in (f.metadata() or {}) and any("lora" in k for k in f.keys())
+    except (SafetensorError, OSError):
+        return False
+
+
 def check_fits(file: TunerFile, expected: dict[str, tuple[int, ...]], source) -> None:
     """Raises TunerFileError, listing every difference, unless the file has exactly the expected tensors."""
     found = {k: tuple(t.shape) for k, t in file.tensors.items()}

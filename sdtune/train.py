@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -119,10 +120,15 @@ def _mix(seed: int, number: int, stream: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**63
 
 
-def fit(config: TrainConfig, tuner: TunerConfig | None = None) -> Result:
+def fit(
+    config: TrainConfig, tuner: TunerConfig | None = None, on_step: Callable[[int, float], bool | None] | None = None
+) -> Result:
     """Trains a tuner on a folder of image-prompt pairs.
 
     Leaves in `config.output`: tuner.safetensors, preview.png, loss.png, config.json, checkpoints/, previews/.
+
+    Args:
+        on_step: gets the steps done and the last loss after each; returning True stops the run as a signal does.
 
     Raises:
         DataError, BaseError: before any training, with everything that is wrong with the data or the base.
@@ -135,7 +141,8 @@ def fit(config: TrainConfig, tuner: TunerConfig | None = None) -> Result:
         while trainer.done < config.steps:
             trainer.step()
             due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
-            stop = trainer.anywhere(caught.number)
+            asked = signal.SIGTERM if on_step and on_step(trainer.done, trainer.losses[-1]) else 0
+            stop = trainer.anywhere(caught.number or asked)
             if due or stop:
                 trainer.checkpoint()
             if stop:
@@ -184,8 +191,8 @@ class _Trainer:
         pipe.text_encoder.to("cpu")
 
         self.unet = pipe.unet.to(device, half)
-        attach.attach(self.unet, tuner, NAME)
-        self.parameters = attach.parameters_of(self.unet, NAME)
+        pipeline.add_tuner(self.unet, tuner, NAME)
+        self.parameters = pipeline.parameters_of(self.unet, NAME)
         for holder in self.parameters.values():
             holder.data = holder.data.float()
         if config.gradient_checkpointing:
@@ -229,6 +236,8 @@ class _Trainer:
         say(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {predicts}")
         with _Evaluating(self), attach.switched_off(self.unet):
             self.before = self._draw() if self.main else []
+            if self.main and self.heldout and 0 not in self.heldout_losses:
+                self.heldout_losses[0] = self._heldout_loss()
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
 
     def step(self) -> None:

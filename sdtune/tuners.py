@@ -76,6 +76,7 @@ class ResAttn(nn.Module):
 
 
 KINDS = {"res_attn": ResAttn}
+BASELINES = ("lora", "dora")  # what tuners are compared with: `baselines` handles these kinds
 OPS = ("attn1", "attn2", "ff", "block")
 
 
@@ -87,7 +88,7 @@ class TunerConfig:
         ValueError: listing every field that is out of range, with what was found and what is possible.
     """
 
-    kind: str = field(default="res_attn", metadata={"help": f"the tuner: {', '.join(KINDS)}"})
+    kind: str = field(default="res_attn", metadata={"help": f"the tuner: {', '.join((*KINDS, *BASELINES))}"})
     rank: int = field(default=4, metadata={"help": "width of one attention head of the tuner"})
     num_heads: int = field(default=4, metadata={"help": "number of heads of the tuner"})
     ops: list[str] = field(
@@ -102,8 +103,8 @@ class TunerConfig:
         ops = [self.ops] if isinstance(self.ops, str) else self.ops
         object.__setattr__(self, "ops", list(ops) if isinstance(ops, (list, tuple)) else ops)
         wrong = []
-        if self.kind not in list(KINDS):
-            wrong.append(f"kind is {self.kind!r}; possible: {', '.join(KINDS)}")
+        if self.kind not in [*KINDS, *BASELINES]:
+            wrong.append(f"kind is {self.kind!r}; possible: {', '.join((*KINDS, *BASELINES))}")
         for name in ("rank", "num_heads"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
@@ -111,6 +112,8 @@ class TunerConfig:
         known = isinstance(self.ops, list) and all(op in OPS and self.ops.count(op) == 1 for op in self.ops)
         if not self.ops or not known:
             wrong.append(f"ops is {self.ops!r}; it must name one or more of {', '.join(OPS)}, each once")
+        elif self.kind in list(BASELINES) and "block" in self.ops:
+            wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2 and ff, not on the whole block")
         if not isinstance(self.qkv_bias, bool):
             wrong.append(f"qkv_bias is {self.qkv_bias!r}; it must be true or false")
         for name in ("attn_drop", "proj_drop"):

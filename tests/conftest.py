@@ -1,21 +1,18 @@
 """What tests share: the real small base, tuner and LoRA files for it, and a few real pairs."""
 
 import copy
-import os
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 import sdtune
-from sdtune import attach
+from sdtune import attach, bases, data
 
 ANIME = Path(__file__).parent.parent / "assets" / "anime"
 
@@ -49,6 +46,13 @@ def pipe(base) -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="session")
+def sd15_unet() -> UNet2DConditionModel:
+    """The UNet of Stable Diffusion 1.5, from its public configuration, without weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(bases.CONFIGS / "sd15/unet"))
+
+
+@pytest.fixture(scope="session")
 def files(base, tmp_path_factory) -> Path:
     """A folder with two tuners, and a LoRA of UNet and text encoder as diffusers saves it, all for the small base."""
     folder = tmp_path_factory.mktemp("files")
@@ -63,7 +67,7 @@ def files(base, tmp_path_factory) -> Path:
         ("unet", pipe.unet, ["to_q", "to_k", "to_v", "to_out.0"]),
         ("text_encoder", pipe.text_encoder, ["q_proj", "v_proj"]),
     ):
-        model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+        model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
         layers[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
     StableDiffusionPipeline.save_lora_weights(folder / "lora", **layers)
     return folder
@@ -73,8 +77,6 @@ def files(base, tmp_path_factory) -> Path:
 def pairs(tmp_path_factory) -> Path:
     """Five of the anime pairs and two held-out ones at 128 px with .txt captions, in folders train and test."""
     folder = tmp_path_factory.mktemp("pairs")
-    from sdtune import data
-
     for split, count in (("train", 5), ("test", 2)):
         (folder / split).mkdir()
         for i, pair in enumerate(data.read(ANIME, 128, split)[:count]):

@@ -36,7 +36,7 @@ def same(a, b):
 
 def test_a_run_leaves_tuner_preview_losses_and_settings(pairs, tmp_path):
     result = sdtune.fit(small(pairs, tmp_path, trigger_words="tok style", preview_prompts=[], preview_every=2))
-    assert len(result.losses) == 4 and set(result.heldout) == {2, 4}
+    assert len(result.losses) == 4 and set(result.heldout) == {0, 2, 4}
     with safe_open(result.tuner, "pt") as file:
         metadata, keys = file.metadata(), list(file.keys())
     assert all(".res_attn" not in k and k.endswith(("qkv.weight", "o.weight", "o.bias")) for k in keys)

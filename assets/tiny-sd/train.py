@@ -3,6 +3,7 @@
     python assets/tiny-sd/corpus.py                         # once: fetch and render the pictures
     python assets/tiny-sd/train.py vae --minutes 30         # the autoencoder
     python assets/tiny-sd/train.py unet --minutes 120       # text encoder and UNet, on its latents
+    python assets/tiny-sd/train.py unet --go-on --minutes 60    # or: trains the base beside this file further
     python assets/tiny-sd/train.py decoder --minutes 20     # optional: the decoder alone, encoder frozen
     python assets/tiny-sd/train.py export                   # writes the diffusers folder beside this file
     python assets/tiny-sd/train.py check                    # PSNR, concept retrieval, contact sheet
@@ -175,6 +176,15 @@ def new_vae() -> AutoencoderKL:
     return AutoencoderKL(**VAE).to(DEVICE, memory_format=torch.channels_last)
 
 
+def final_vae(cache: Path) -> AutoencoderKL:
+    """The trained VAE: of the cache, or else of the base beside this file."""
+    if not (cache / "vae_final.pt").exists():
+        return AutoencoderKL.from_pretrained(HERE / "vae").to(DEVICE, memory_format=torch.channels_last).eval()
+    vae = new_vae()
+    vae.load_state_dict(torch.load(cache / "vae_final.pt", map_location=DEVICE, weights_only=True))
+    return vae
+
+
 def pictures_of(cache: Path, styles=SEEN) -> tuple[torch.Tensor, list[dict]]:
     """(n, 3 variants, 3, 128, 128) uint8, and the rows."""
     pictures, rows = load(cache / "corpus", styles)
@@ -249,8 +259,7 @@ def encode_corpus(cache: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
     path = cache / "latents.pt"
     pictures, rows = pictures_of(cache)
     if not path.exists():
-        vae = new_vae()
-        vae.load_state_dict(torch.load(cache / "vae_final.pt", map_location=DEVICE, weights_only=True))
+        vae = final_vae(cache)
         every = torch.stack([pictures, pictures.flip(-1)], 2).flatten(0, 2)
         means, deviations = [], []
         for i, batch in enumerate(every.split(64)):
@@ -290,6 +299,31 @@ def make_tokenizer(rows: list[dict]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
+def tokenizer_of(cache: Path, rows: list[dict], folder: Path | None = None) -> CLIPTokenizer:
+    """The tokenizer of this cache's run: made once (its merges differ from run to run) or taken from `folder`."""
+    kept = cache / "tokenizer"
+    if not kept.exists():
+        (CLIPTokenizer.from_pretrained(folder) if folder else make_tokenizer(rows)).save_pretrained(kept)
+    return CLIPTokenizer.from_pretrained(kept)
+
+
+class PlainAttention:
+    """Attention with its scores written out: on CPU, at 256 tokens, 1.2 times as fast in a step as the fused one."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        batch, tokens, _ = hidden_states.shape
+        q, k, v = (
+            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2).flatten(0, 1)
+            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        scores = torch.bmm(q * attn.scale, k.transpose(1, 2))
+        with torch.autocast(DEVICE, enabled=False):  # autocast would make it float32
+            weights = scores.softmax(-1)
+        out = torch.bmm(weights, v).view(batch, attn.heads, tokens, -1).transpose(1, 2).flatten(2)
+        return attn.to_out[0](out)
+
+
 def new_text_encoder(tokenizer) -> CLIPTextModel:
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                pad_token_id=tokenizer.pad_token_id)  # fmt: skip
@@ -301,14 +335,23 @@ def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
     return batch.input_ids.to(DEVICE)
 
 
-def train_unet(cache: Path, minutes: float, batch: int) -> None:
-    """Epsilon prediction with min-SNR 5 weights, 10 % empty captions; the text encoder learns along."""
+def train_unet(cache: Path, minutes: float, batch: int, go_on: bool) -> None:
+    """Epsilon prediction with min-SNR 5 weights, 10 % empty captions; the text encoder learns along.
+
+    `go_on` starts from the weights beside this file instead of random ones, where the cache holds no checkpoint.
+    """
     torch.manual_seed(0)
     means, deviations, rows = encode_corpus(cache)
     scale = 1 / means[:, 0].float().std().item()
-    tokenizer = make_tokenizer(rows)
+    tokenizer = tokenizer_of(cache, rows, HERE / "tokenizer" if go_on else None)
     text, unet = new_text_encoder(tokenizer), UNet2DConditionModel(**UNET).to(DEVICE)
     unet.to(memory_format=torch.channels_last)
+    if DEVICE == "cpu":
+        unet.set_attn_processor(PlainAttention())
+        text.set_attn_implementation("eager")
+    if go_on:
+        text.load_state_dict(CLIPTextModel.from_pretrained(HERE / "text_encoder").state_dict())
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(HERE / "unet").state_dict())
     print(f"UNet {unet.num_parameters() / 1e6:.2f} M, text {text.num_parameters() / 1e6:.2f} M, scale {scale:.4f}")
     trainer = Trainer({"text": text, "unet": unet}, cache / "unet.pt", minutes, 0.01, 1.5e-3)
     scheduler = DDPMScheduler(**SCHEDULE)
@@ -317,8 +360,8 @@ def train_unet(cache: Path, minutes: float, batch: int) -> None:
 
     def loss_of_a_batch():
         which = [rng.randrange(len(rows)) for _ in range(batch)]
-        variant = rng.choices((0, 1, 2), (0.66, 0.17, 0.17), k=batch)
-        flip = [int(rng.random() < 0.25) for _ in range(batch)]
+        variant = rng.choices((0, 1, 2), (0.8, 0.1, 0.1), k=batch)
+        flip = [int(rng.random() < 0.1) for _ in range(batch)]
         texts = ["" if rng.random() < 0.1 else caption(rows[i], v, rng) for i, v in zip(which, variant)]
         mean, deviation = means[which, variant, flip].float(), deviations[which, variant, flip].float()
         latent = ((mean + deviation * torch.randn_like(mean)) * scale).to(DEVICE)
@@ -342,9 +385,8 @@ def train_unet(cache: Path, minutes: float, batch: int) -> None:
 def export(cache: Path, out: Path) -> None:
     """Writes the pipeline in diffusers layout, fp16, with the averaged UNet and text encoder."""
     means, _, rows = encode_corpus(cache)
-    tokenizer = make_tokenizer(rows)
-    vae, text, unet = new_vae(), new_text_encoder(tokenizer), UNet2DConditionModel(**UNET).to(DEVICE)
-    vae.load_state_dict(torch.load(cache / "vae_final.pt", map_location=DEVICE, weights_only=True))
+    tokenizer = tokenizer_of(cache, rows)
+    vae, text, unet = final_vae(cache), new_text_encoder(tokenizer), UNet2DConditionModel(**UNET).to(DEVICE)
     vae.register_to_config(scaling_factor=round(1 / means[:, 0].float().std().item(), 5))
     trainer = Trainer({"text": text, "unet": unet}, cache / "unet.pt", 0, 0, 0)
     trainer.use_ema()
@@ -365,12 +407,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("vae", "decoder", "unet", "export"))
     parser.add_argument("--minutes", type=float, default=60, help="training time of the stage, earlier starts included")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--go-on", action="store_true", help="unet: start from the base beside this file")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the corpus and checkpoints are")
     parser.add_argument("--out", type=Path, default=HERE, help="where export writes the pipeline")
     args = parser.parse_args()
     if args.stage == "unet":
-        train_unet(args.cache, args.minutes, args.batch)
+        train_unet(args.cache, args.minutes, args.batch, args.go_on)
     elif args.stage == "export":
         export(args.cache, args.out)
     else:

@@ -1,0 +1,87 @@
+"""What a LoRA of ours promises: the verbs of a tuner, and a file that diffusers loads without us."""
+
+import copy
+
+import pytest
+import torch
+from conftest import picture
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import sdtune
+from sdtune import baselines, pipeline, store
+
+OPS = {"attention": ["attn1", "attn2"], "attention and ff": ["attn1", "attn2", "ff"]}
+
+
+def trained(pipe, config, name="mine"):
+    """A LoRA with weights that show."""
+    sdtune.add_tuner(pipe, config, name)
+    generator = torch.Generator().manual_seed(0)
+    for key, p in pipeline.parameters_of(pipe, name).items():
+        if "lora_B" in key:
+            p.data += 0.2 * torch.randn(p.shape, generator=generator)
+
+
+def test_a_fresh_one_changes_nothing_and_the_counts_are_those_of_the_method_on_sd15(pipe, sd15_unet):
+    before = picture(pipe)
+    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind="lora", ops=["attn1", "attn2"]), "mine")
+    assert torch.equal(picture(pipe), before)
+    for rank, count in ((4, 797_184), (16, 3_188_736)):
+        config = sdtune.TunerConfig(kind="lora", rank=rank, ops=["attn1", "attn2"])
+        assert sum(torch.Size(s).numel() for s in baselines.expected_shapes(sd15_unet, config).values()) == count
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+def test_a_file_of_ours_gives_the_same_picture_through_diffusers_own_loader_and_through_ours(base, tmp_path, kind, ops):
+    pipe = copy.deepcopy(base)
+    trained(pipe, sdtune.TunerConfig(kind=kind, rank=3, ops=ops))
+    expected = picture(pipe)
+    path = sdtune.save_tuner(pipe, tmp_path / "mine.safetensors", "mine", dtype=torch.float32)
+    shapes = {f"unet.{k}": s for k, s in baselines.expected_shapes(base.unet, store.load(path).config).items()}
+    assert {k: tuple(t.shape) for k, t in load_file(path).items()} == shapes
+
+    plain = copy.deepcopy(base)
+    plain.load_lora_weights(tmp_path, weight_name="mine.safetensors", adapter_name="theirs")
+    ours = copy.deepcopy(base)
+    sdtune.load_tuner(ours, path, "ours")
+    assert isinstance(plain, StableDiffusionPipeline) and not torch.equal(expected, picture(base))
+    assert torch.allclose(picture(plain), expected, atol=1e-5) and torch.allclose(picture(ours), expected, atol=1e-5)
+
+
+def test_it_switches_mixes_with_a_tuner_and_goes_without_a_trace(pipe, files):
+    before, keys = picture(pipe), set(pipe.unet.state_dict())
+    trained(pipe, sdtune.TunerConfig(kind="lora"))
+    alone = picture(pipe)
+    sdtune.load_tuner(pipe, files / "one.safetensors", "tuner")
+    pipe.set_adapters(["mine", "tuner"], [1.0, 0.0])
+    assert torch.allclose(picture(pipe), alone, atol=1e-6)
+    pipe.set_adapters(["mine", "tuner"], [0.7, 0.7])
+    assert not torch.allclose(picture(pipe), alone, atol=1e-3)
+    pipe.disable_lora()
+    assert torch.equal(picture(pipe), before)
+    pipe.enable_lora()
+    sdtune.unload_tuner(pipe, "tuner")
+    sdtune.unload_tuner(pipe, "mine")
+    assert torch.equal(picture(pipe), before) and set(pipe.unet.state_dict()) == keys
+
+
+def test_a_lora_of_another_tool_loads_with_the_same_call_and_one_that_does_not_fit_is_told(pipe, files, tmp_path):
+    name = sdtune.load_tuner(pipe, files / "lora", "other")
+    assert name == "other" and "other" in pipe.get_list_adapters()["unet"]
+    with_it = picture(pipe)
+    pipe.delete_adapters("other")
+    assert not torch.equal(with_it, picture(pipe))
+    with pytest.raises(store.TunerFileError, match="bare UNet"):
+        sdtune.load_tuner(pipe.unet, files / "lora", "other")
+
+
+def test_a_lora_trains_with_the_same_trainer(pairs, tmp_path):
+    config = sdtune.TrainConfig(
+        data=str(pairs), output=str(tmp_path / "run"), steps=2, batch_size=2, preview_steps=1, preview_every=0,
+        preview_prompts=["a girl"], learning_rate=1e-2,
+    )  # fmt: skip
+    result = sdtune.fit(config, sdtune.TunerConfig(kind="lora", rank=2, ops=["attn1", "attn2"]))
+    assert store.load(result.tuner).config.kind == "lora"
+    assert all(".lora_" in k for k in load_file(result.tuner))
