@@ -9,6 +9,7 @@ every key of the backbone stays as it was. The module that holds the tuners of o
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .tuners import TunerConfig, build
+from .tuners import Beside, TunerConfig, Widths, build
 
 _CHILD = "res_tuner"  # the name under which an operation holds its tuners
 
@@ -31,13 +32,39 @@ class TunerPeftConfig(PeftConfig):
         self.tuner = tuner
 
 
+@dataclass(frozen=True)
+class Operation:
+    """A frozen operation: `name` in `tuners.OPS`, its module, and the block that it is in, or is.
+
+    Kept as an attribute, it makes neither of them a submodule.
+    """
+
+    name: str
+    module: nn.Module
+    block: BasicTransformerBlock
+
+    @property
+    def attention(self) -> nn.Module:
+        """The frozen attention that a tuner may use: its own operation, or the block's attn1 (our reading)."""
+        return self.block.attn2 if self.name == "attn2" else self.block.attn1
+
+    @property
+    def widths(self) -> Widths:
+        block, attn = self.block, self.attention
+        dim = block.norm1.normalized_shape[0] if hasattr(block.norm1, "normalized_shape") else block.dim
+        with_text = block.attn2 if self.name == "block" and block.attn2 is not None else attn
+        text_dim = dim if self.name == "ff" else with_text.cross_attention_dim
+        return Widths(dim, attn.inner_dim, attn.cross_attention_dim, text_dim)
+
+
 class ParallelTuners(nn.Module, BaseTunerLayer):
     """The tuners that hang on one operation, by adapter name, each with its weight."""
 
     adapter_layer_names = ("tuners",)
 
-    def __init__(self):
+    def __init__(self, operation: Operation):
         nn.Module.__init__(self)
+        self.operation = operation
         self.tuners = nn.ModuleDict()
         self.weights: dict[str, float | torch.Tensor] = {}  # set_adapters' weight, or one per sample (B,)
         self.call_scales: dict[str, float] = {}  # cross_attention_kwargs' scale, during one call
@@ -46,36 +73,48 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self._disable_adapters = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The weighted sum of the active tuners at x (B, N, dim), or None where there is none."""
+    def forward(self, x: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The weighted sum of the active tuners at x (B, N, dim), or None where there is none.
+
+        `text` (B, L, text width) is what the operation got as `encoder_hidden_states`.
+        """
         total = None
         for name in [] if self._disable_adapters else self.active_adapters:
             scale = self.weights.get(name, 0.0) * self.call_scales.get(name, 1.0)
             if name not in self.tuners:
                 continue
             if isinstance(scale, torch.Tensor):
-                part = self._per_sample(name, x, scale)
+                part = self._per_sample(name, x, text, scale)
             elif scale == 0:
                 continue
             else:
-                part = self._tune(name, x)
+                part = self._tune(name, x, text)
                 part = part if scale == 1 else part * scale
             total = part if total is None else total + part
         return total
 
-    def _tune(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        tuner = self.tuners[name]
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return tuner(x if autocast else self._cast_input_dtype(x, next(tuner.parameters()).dtype))
+    def _tune(self, name: str, x: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+        tuner, block = self.tuners[name], self.operation.block
+        chunked = self.operation.name == "ff" and block._chunk_size is not None and block._chunk_dim == 1
+        if chunked and not tuner.per_token:
+            raise ValueError(
+                f"the tuner {name!r} attends to all tokens, but its feed-forward gets a few at a time; chunk "
+                "it along the batch, set_chunk_feed_forward(size, dim=0), or not at all, set_chunk_feed_forward(None)"
+            )
+        if not tuner.calls_base and not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, next(tuner.parameters()).dtype)
+        return tuner(x, Beside(self.operation.attention, text))
 
-    def _per_sample(self, name: str, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Each sample's result times its own weight; samples of weight 0 are not computed."""
+    def _per_sample(self, name: str, x: torch.Tensor, text: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
+        """Each sample's result times its own weight; samples of weight 0 are left out where that is possible."""
         weights = _tiled(weights, len(x))
         rows = weights.nonzero()[:, 0]  # on the CPU, as the weights are: no wait for a GPU
         if not len(rows):
             return torch.zeros_like(x)
+        if self.tuners[name].calls_base:  # a LoRA in the base may expect the whole batch, too
+            rows = torch.arange(len(x))
         weights, rows = weights[rows].to(x.device), rows.to(x.device)
-        part = self._tune(name, x[rows])
+        part = self._tune(name, x[rows], None if text is None else text[rows])
         part = (part * weights[:, None, None]).to(part.dtype)
         return part.new_zeros(x.shape).index_copy(0, rows, part)
 
@@ -155,7 +194,10 @@ def _add_residual(op: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor
     holder = op._modules.get(_CHILD)
     if holder is None:  # unload_lora_weights took the tuners away
         return None
-    residual = holder(args[0] if args else kwargs["hidden_states"])
+    x = args[0] if args else kwargs["hidden_states"]
+    place = 2 if isinstance(op, BasicTransformerBlock) else 1  # gradient checkpointing passes everything by position
+    text = kwargs.get("encoder_hidden_states", args[place] if len(args) > place else None)
+    residual = holder(x, text[0] if isinstance(text, tuple) else text)  # an IP-Adapter adds pictures to the text
     return None if residual is None else output + residual.to(output.dtype)
 
 
@@ -190,8 +232,8 @@ def _holders(unet) -> list[tuple[str, ParallelTuners]]:
     return [(n.removesuffix(suffix), m) for n, m in unet.named_modules() if isinstance(m, ParallelTuners)]
 
 
-def find_ops(unet, config: TunerConfig) -> dict[str, tuple[nn.Module, int]]:
-    """The operations that `config.ops` names: path in the UNet -> (module, width of its tokens).
+def find_ops(unet, config: TunerConfig) -> dict[str, Operation]:
+    """The operations that `config.ops` names, by their path in the UNet.
 
     Raises:
         ValueError: if the model has no transformer block, or a block lacks a named operation.
@@ -200,12 +242,11 @@ def find_ops(unet, config: TunerConfig) -> dict[str, tuple[nn.Module, int]]:
     for path, block in unet.named_modules():
         if not isinstance(block, BasicTransformerBlock):
             continue
-        dim = block.norm1.normalized_shape[0] if hasattr(block.norm1, "normalized_shape") else block.dim
         for op in config.ops:
             module = block if op == "block" else getattr(block, op, None)
             if module is None:
                 lacking.append(f"{path}.{op}")
-            found[path if op == "block" else f"{path}.{op}"] = (module, dim)
+            found[path if op == "block" else f"{path}.{op}"] = Operation(op, module, block)
     if not found:
         raise ValueError(
             f"{type(unet).__name__} has no BasicTransformerBlock to hang a tuner on; expected the UNet of a "
@@ -221,8 +262,8 @@ def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {
             f"{path}.{name}": tuple(p.shape)
-            for path, (_, dim) in find_ops(unet, config).items()
-            for name, p in build(config, dim).named_parameters()
+            for path, op in find_ops(unet, config).items()
+            for name, p in build(config, op.name, op.widths).named_parameters()
         }
 
 
@@ -253,29 +294,29 @@ def attach(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor
     check_new_name(unet, name)
     ops = find_ops(unet, config)
     tuners = {}
-    for path, (op, dim) in ops.items():
-        device = next(op.parameters()).device
-        if device.type == "meta" and any(hasattr(m, "_hf_hook") for m in op.modules()):
+    for path, op in ops.items():
+        device = next(op.module.parameters()).device
+        if device.type == "meta" and any(hasattr(m, "_hf_hook") for m in op.module.modules()):
             raise ValueError("this UNet's weights are offloaded; hand over the pipeline, or remove its hooks first")
         if tensors is None:
-            tuner = build(config, dim)
+            tuner = build(config, op.name, op.widths)
         else:
             with torch.device("meta"):
-                tuner = build(config, dim)
+                tuner = build(config, op.name, op.widths)
             own = {n: tensors[f"{path}.{n}"] for n, _ in tuner.named_parameters()}
             tuner.load_state_dict(own, assign=True)
-        tuners[path] = tuner.to(device, unet.dtype).train(op.training)
+        tuners[path] = tuner.to(device, unet.dtype).train(op.module.training)
 
     if getattr(unet, "peft_config", None) is None:
         unet.peft_config = {}
     unet.peft_config[name] = TunerPeftConfig(config)
     unet._hf_peft_config_loaded = True
-    for path, (op, _) in ops.items():
-        if op._modules.get(_CHILD) is None:
-            setattr(op, _CHILD, ParallelTuners())
-            if not any(hook is _add_residual for hook in op._forward_hooks.values()):
-                op.register_forward_hook(_add_residual, with_kwargs=True)
-        holder = getattr(op, _CHILD)
+    for path, op in ops.items():
+        if op.module._modules.get(_CHILD) is None:
+            setattr(op.module, _CHILD, ParallelTuners(op))
+            if not any(hook is _add_residual for hook in op.module._forward_hooks.values()):
+                op.module.register_forward_hook(_add_residual, with_kwargs=True)
+        holder = getattr(op.module, _CHILD)
         holder.tuners[name], holder.weights[name] = tuners[path], 1.0
         holder.adapters_of_unet = unet.peft_config
     unet.fuse_lora = partial(_fuse_lora, unet)  # unlike a method, a partial can be pickled
@@ -322,12 +363,12 @@ def _hindrance(unet, names: list[str]) -> str | None:
     seen = set()
     for path, module in unet.named_modules():
         if getattr(module, "_chunk_size", None) is not None and names:
-            return "the feed-forward gets its samples in chunks; call unet.disable_forward_chunking() first"
+            return f"the feed-forward of {path} gets its input in chunks; call set_chunk_feed_forward(None) on it first"
         here = [n for n in names if isinstance(module, BaseTunerLayer) and n in module._get_available_adapters()]
         seen.update(here)
         for name in here if not isinstance(module, ParallelTuners) else []:
             if not isinstance(module, (lora.Linear, lora.Conv2d)):
-                return f"adapter {name!r} is no LoRA of linear layers and convolutions: {path} is {type(module).__name__}"
+                return f"adapter {name!r} is no LoRA of linear layers and convolutions, but a {type(module).__name__}"
             if name in module.lora_variant:
                 return f"adapter {name!r} is a {type(module.lora_variant[name]).__name__}, which has no plain scale"
             if module.merged:
@@ -346,7 +387,7 @@ def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int
 
     Args:
         weights: tuner or LoRA -> one weight per sample, as many for each.
-        repeat: how many copies to demand of a batch at least; 2 under guidance.
+        repeat: how many copies a batch holds at least; 2 under guidance.
 
     Raises:
         ValueError: if there is no such adapter, or it cannot have a weight per sample (DoRA, a fused LoRA, ...).
@@ -359,7 +400,7 @@ def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int
         raise ValueError(f"weights per sample are not possible: {why}")
     tensors = {n: torch.tensor(list(w), dtype=torch.float32, device="cpu").repeat(repeat) for n, w in weights.items()}
     layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
-    before, hooks = [(m, m._active_adapter, m._disable_adapters, dict(_scales(m))) for m in layers], []
+    before, hooks = [(m, m._active_adapter, m._disable_adapters, dict(scales(m))) for m in layers], []
     try:
         for layer in layers:
             layer._active_adapter, layer._disable_adapters = list(tensors), False  # set_adapter would unfreeze, too
@@ -376,10 +417,11 @@ def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int
             hook.remove()
         for layer, active, disabled, scales in before:
             layer._active_adapter, layer._disable_adapters = active, disabled
-            _scales(layer).update(scales)
+            scales(layer).update(scales)
 
 
-def _scales(layer: BaseTunerLayer) -> dict[str, float]:
+def scales(layer: BaseTunerLayer) -> dict[str, float]:
+    """The weights of an adapter layer's adapters, to be changed in place: a LoRA's include its alpha / r."""
     return layer.weights if isinstance(layer, ParallelTuners) else getattr(layer, "scaling", {})
 
 

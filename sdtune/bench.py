@@ -11,6 +11,7 @@ This file trains nothing itself: our contestants are `train._Trainer.step`, `tra
 import argparse
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -21,163 +22,137 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
+import diffusers
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
-from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from . import attach, bases, data, pipeline, store, train
 from .config import TrainConfig
 from .tuners import TunerConfig
 
-PARTS = {
-    "train": "a training step: the contestants alternate",
-    "draw": "a picture: the contestants alternate",
-    "memory": "start-up and peak memory, each contestant in a process of its own",
-    "imports": "`import sdtune` and `train_anime.py --help`, beyond importing torch",
-    "scale": "how our training grows with batch, resolution, images and processes",
-    "finish": "a whole run of 300 steps on 30 images, with encoding, previews and saving (long on a CPU)",
-}
-REFERENCE, RES_ATTN, LORA, FLOOR = "reference", "res_attn", "lora", "floor"
-BASE, FUSED = "base", "lora_fused"
-TRAIN, DRAW = (REFERENCE, RES_ATTN, LORA, FLOOR), (BASE, RES_ATTN, LORA, FUSED)
-LABELS = {
-    REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn", LORA: "sdtune, LoRA r 4",
-    FLOOR: "floor: frozen UNet", BASE: "base", FUSED: "LoRA, fused",
+REFERENCE, RES_ATTN, LORA, FLOOR, BASE, FUSED = "reference", "res_attn", "lora", "floor", "base", "lora_fused"
+CONTESTANTS = {
+    "train": {REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn", LORA: "sdtune, LoRA r 4",
+              FLOOR: "floor: frozen UNet"},
+    "draw": {BASE: "base", RES_ATTN: "base + Res-Attn", LORA: "base + LoRA", FUSED: "base + LoRA, fused"},
 }  # fmt: skip
-TARGETS_OF_LORA = ["to_k", "to_q", "to_v", "to_out.0"]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+PROJECTIONS = ["to_k", "to_q", "to_v", "to_out.0"]
+ONCE = ("imports", "base", "reading", "encoding", "previews")  # the parts of a start-up, in seconds
 ROOT = Path(__file__).parent.parent
 PROMPT = "a girl with silver hair, in anime style"
+say = partial(print, file=sys.stderr, flush=True)  # progress; the report alone goes to stdout
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one contestant does; a child process is given it as JSON.
+    """What one contestant does; a child process is given it as JSON."""
 
-    Attributes:
-        part: train, draw or finish.
-        who: the contestant, of TRAIN or DRAW.
-        base: what `bases.load_base` takes.
-        data: a folder of pairs.
-        work: a folder for what it writes.
-        repeat: units (steps, pictures) that a child runs after one to warm up; a finished run's steps.
-        draw_steps: sampling steps of a picture.
-        first_preview: whether our trainer's previews are its default ones (as short as they can be otherwise).
-        checkpointing: trades time for memory.
-    """
-
-    part: str
+    part: str  # of CONTESTANTS, or finish: a whole training run
     who: str
     base: str
     data: str
-    work: str
+    work: str  # a folder for what it writes
     resolution: int
     batch: int
     precision: str
-    repeat: int = 1
-    draw_steps: int = 10
-    first_preview: bool = False
+    repeat: int  # steps or pictures in a child process, after one to warm up; the steps of a whole run
+    draw_steps: int  # of sampling
+    default_previews: bool = False  # whether our trainer's previews are its default ones, or as cheap as can be
     checkpointing: bool = False
 
     @property
-    def dtype(self) -> torch.dtype:
-        return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[self.precision]
+    def label(self) -> str:
+        label = CONTESTANTS["draw" if self.part == "draw" else "train"][self.who]
+        return label + (", checkpointing" if self.checkpointing else "")
+
+    def trainer(self) -> tuple[TrainConfig, TunerConfig]:
+        """What a user would give our trainer; all else is its default."""
+        cheap = dict(preview_steps=1, preview_prompts=[PROMPT], preview_every=0)
+        config = TrainConfig(
+            base=self.base, data=self.data, output=str(Path(self.work) / "run" / self.who), batch_size=self.batch,
+            resolution=self.resolution, mixed_precision=self.precision, gradient_checkpointing=self.checkpointing,
+            steps=self.repeat if self.part == "finish" else 1000, **({} if self.default_previews else cheap),
+        )  # fmt: skip
+        lora = dict(kind="lora", rank=4, ops=["attn1", "attn2"])
+        return config, TunerConfig(**(lora if self.who == LORA else {}))
 
 
-@dataclass
-class Contestant:
-    """One, ready: `run` does a unit of its work with `unet`."""
+# --------------------------------------------------------------------------------------- contestants
+
+
+class Contestant(NamedTuple):
+    """One that is ready: `run` is a unit of its work (a step, or drawing a batch) with `unet`, `finish` saves."""
 
     unet: torch.nn.Module
     run: Callable[[], None]
     finish: Callable[[], None] = lambda: None
 
 
-# --------------------------------------------------------------------------------------- contestants
-
-
 def prepare(job: Job) -> Contestant:
-    """Loads what a contestant needs and readies it to the brink of its first unit."""
+    """Brings a contestant to the brink of its first unit."""
     if job.part == "draw":
         return _drawing(job)
-    makers = {REFERENCE: _reference, FLOOR: _floor}
-    return makers.get(job.who, _ours)(job)
-
-
-def _ours(job: Job) -> Contestant:
-    """Our trainer itself, with its default settings."""
-    trainer = train._Trainer(train_config(job), tuner_config(job))
-    return Contestant(trainer.unet, trainer.step, trainer.close)
-
-
-def tuner_config(job: Job) -> TunerConfig:
-    return TunerConfig(kind=LORA, rank=4, ops=["attn1", "attn2"]) if job.who == LORA else TunerConfig()
-
-
-def train_config(job: Job) -> TrainConfig:
-    short = {} if job.first_preview else {"preview_steps": 1, "preview_prompts": [PROMPT], "preview_every": 0}
-    return TrainConfig(
-        base=job.base, data=job.data, output=str(Path(job.work) / f"{job.part}-{job.who}"), batch_size=job.batch,
-        resolution=job.resolution, mixed_precision=job.precision, steps=max(job.repeat, 300),
-        gradient_checkpointing=job.checkpointing, **short,
-    )  # fmt: skip
+    if job.who in (REFERENCE, FLOOR):
+        return _reference(job) if job.who == REFERENCE else _floor(job)
+    trainer = train._Trainer(*job.trainer())
+    return Contestant(trainer.unet, trainer.step)
 
 
 def _reference(job: Job) -> Contestant:
-    """diffusers' train_text_to_image_lora.py, as it is documented and behaves with its default flags.
+    """diffusers' train_text_to_image_lora.py, as it is documented and behaves with its default flags and flipping.
 
-    Every step decodes, resizes, crops and flips the image files in a DataLoader without workers, tokenises the captions,
-    runs the VAE's encoder and the text encoder, and reads the loss back twice. LoRA r 4 in the UNet's attention, AdamW,
-    constant 1e-4. Its gradient clipping is handed an iterator that is already used up, so it clips nothing.
+    Every step decodes, scales, crops and flips image files in a DataLoader without workers, tokenises the captions,
+    runs the VAE's encoder and the text encoder, and reads the loss back twice. LoRA r 4 in the UNet's attention,
+    AdamW, constant 1e-4. Its gradient clipping gets a used-up iterator, so it clips nothing.
     """
-    AcceleratorState._reset_state()  # of our trainer in this process
+    AcceleratorState._reset_state()  # of our trainer, which may be in this process
     accelerator = Accelerator(mixed_precision=job.precision, cpu=not torch.cuda.is_available())
     pairs, _ = data.read_splits(job.data, job.resolution, lambda line: None)
     pipe = bases.load_base(job.base)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     for frozen in (pipe.vae, pipe.text_encoder, pipe.unet):
-        frozen.requires_grad_(False).to(accelerator.device, job.dtype)
-    unet, vae, text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=TARGETS_OF_LORA))
+        frozen.requires_grad_(False).to(accelerator.device, DTYPES[job.precision])
+    unet, vae = pipe.unet, pipe.vae
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=PROJECTIONS))
     if job.precision == "fp16":
         cast_training_params(unet, dtype=torch.float32)
-    if job.checkpointing:
-        unet.enable_gradient_checkpointing()
     trainable = filter(lambda p: p.requires_grad, unet.parameters())
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=1e-2)
-    pictures = _Pictures(pairs, pipe.tokenizer, job.resolution)
-    loader = torch.utils.data.DataLoader(pictures, batch_size=job.batch, shuffle=True)
+    batched = partial(_pixels_and_ids, pipe.tokenizer, job.resolution)
+    loader = torch.utils.data.DataLoader(pairs, batch_size=job.batch, shuffle=True, collate_fn=batched)
     rate = get_scheduler("constant", optimizer)
-    unet, optimizer, loader, rate = accelerator.prepare(unet, optimizer, loader, rate)
-    unet.train()
+    unet, optimizer, loader, rate = accelerator.prepare(unet.train(), optimizer, loader, rate)
     batches = chain.from_iterable(repeat(loader))
 
     def step() -> None:
         pixels, ids = next(batches)
-        latents = vae.encode(pixels.to(job.dtype)).latent_dist.sample() * vae.config.scaling_factor
+        latents = vae.encode(pixels.to(DTYPES[job.precision])).latent_dist.sample() * vae.config.scaling_factor
         noise = torch.randn_like(latents)
         steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        noisy = scheduler.add_noise(latents, noise, steps)
-        states = text_encoder(ids, return_dict=False)[0]
-        predicted = unet(noisy, steps, states, return_dict=False)[0]
+        states = pipe.text_encoder(ids, return_dict=False)[0]
+        predicted = unet(scheduler.add_noise(latents, noise, steps), steps, states, return_dict=False)[0]
         loss = F.mse_loss(predicted.float(), noise.float())
         accelerator.gather(loss.repeat(job.batch)).mean().item()
         accelerator.backward(loss)
@@ -194,49 +169,34 @@ def _reference(job: Job) -> Contestant:
     return Contestant(accelerator.unwrap_model(unet), step, finish)
 
 
-class _Pictures(torch.utils.data.Dataset):
-    """The reference's data set: files decoded, scaled, cropped at random, flipped at random, and captions tokenised."""
-
-    def __init__(self, pairs: list, tokenizer, side: int):
-        self.pairs, self.tokenizer, self.side = pairs, tokenizer, side
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pair, side = self.pairs[i], self.side
-        image = pair.open()
-        ratio = side / min(image.size)
-        image = image.resize([max(side, round(n * ratio)) for n in image.size], Image.Resampling.BILINEAR)
+def _pixels_and_ids(tokenizer, side: int, pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's batch: files decoded, scaled, cropped at random, flipped at random, and captions tokenised."""
+    pixels = []
+    for image in (pair.open() for pair in pairs):
+        scale = side / min(image.size)
+        image = image.resize([max(side, round(n * scale)) for n in image.size], Image.Resampling.BILINEAR)
         left, top = (int(torch.randint(0, n - side + 1, ())) for n in image.size)
         image = image.crop((left, top, left + side, top + side))
-        if torch.rand(()) < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255).sub(0.5).div(0.5)
-        ids = self.tokenizer(
-            pair.caption, max_length=self.tokenizer.model_max_length, padding="max_length", truncation=True,
-            return_tensors="pt",
-        ).input_ids[0]  # fmt: skip
-        return pixels, ids
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else image
+        channels_first = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        pixels.append(channels_first.float().div(255).sub(0.5).div(0.5))
+    whole = dict(max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt")
+    return torch.stack(pixels), tokenizer([pair.caption for pair in pairs], **whole).input_ids
 
 
 def _floor(job: Job) -> Contestant:
     """The frozen UNet's forward and backward, and nothing else: no data, no tuner, no optimizer, no autocast.
 
-    The gradient goes down to the result of the first operation that a tuner can hang on, as a tuner there needs.
+    The gradient goes down to the result of the first operation that has a tuner beside it, as that tuner needs.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = bases.load_base(job.base)
-    unet = pipe.unet.requires_grad_(False).to(device, job.dtype).train()
-    if job.checkpointing:
-        unet.enable_gradient_checkpointing()
-    first = next(iter(attach.find_ops(unet, TunerConfig()).values()))[0]
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[job.precision]
+    unet = bases.load_base(job.base).unet.requires_grad_(False).to(device, dtype).train()
+    first = next(module for name, module in unet.named_modules() if name.endswith(".attn1"))
     first.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    width, tokens, side = unet.config.cross_attention_dim, pipe.tokenizer.model_max_length, job.resolution // 8
-    random = torch.Generator().manual_seed(0)
-    noisy, noise = torch.randn(2, job.batch, 4, side, side, generator=random).to(device, job.dtype)
-    states = torch.randn(job.batch, tokens, width, generator=random).to(device, job.dtype)
-    steps = torch.randint(0, 1000, (job.batch,), generator=random).to(device)
+    side, width = job.resolution // 8, unet.config.cross_attention_dim
+    noisy, noise = torch.randn(2, job.batch, 4, side, side, device=device, dtype=dtype)
+    states = torch.randn(job.batch, 77, width, device=device, dtype=dtype)
+    steps = torch.randint(0, 1000, (job.batch,), device=device)
 
     def step() -> None:
         F.mse_loss(unet(noisy, steps, states, return_dict=False)[0].float(), noise.float()).backward()
@@ -245,50 +205,44 @@ def _floor(job: Job) -> Contestant:
 
 
 def _drawing(job: Job) -> Contestant:
-    """A pipeline that draws, with a fresh adapter: its weights' values cost nothing."""
-    pipe = bases.load_base(job.base, job.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe.unet.requires_grad_(False)
+    """A pipeline that draws with a fresh adapter; what its weights are makes no difference to the time."""
+    pipe = bases.load_base(job.base, DTYPES[job.precision]).to("cuda" if torch.cuda.is_available() else "cpu")
+    unet = pipe.unet.requires_grad_(False)
     if job.who == RES_ATTN:
         pipeline.add_tuner(pipe)
     elif job.who != BASE:
-        rank = equal_rank(pipe.unet)
-        pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS_OF_LORA))
-        if job.who == FUSED:
-            pipe.unet.fuse_lora()
-            pipe.unet.unload_lora()
-    pipe.unet.eval()
-    return Contestant(
-        pipe.unet,
-        partial(pipeline.draw, pipe, [PROMPT] * job.batch, list(range(job.batch)), steps=job.draw_steps,
-                size=job.resolution),
-    )  # fmt: skip
+        rank = equal_rank(unet)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS))
+    if job.who == FUSED:
+        unet.fuse_lora()
+        unet.unload_lora()
+    unet.eval()
+    inputs = ([PROMPT] * job.batch, list(range(job.batch)))
+    return Contestant(unet, partial(pipeline.draw, pipe, *inputs, steps=job.draw_steps, size=job.resolution))
 
 
 def equal_rank(unet) -> int:
     """The rank at which a LoRA on all attention projections has as many parameters as the default Res-Attn."""
     tuner = sum(np.prod(shape) for shape in attach.expected_shapes(unet, TunerConfig()).values())
-    layers = [m for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(tuple(TARGETS_OF_LORA))]
+    layers = [m for n, m in unet.named_modules() if n.endswith(tuple(PROJECTIONS)) and hasattr(m, "in_features")]
     return max(1, round(tuner / sum(m.in_features + m.out_features for m in layers)))
 
 
-def sd15_shape() -> Path:
-    """A base of Stable Diffusion 1.5's exact shape with random weights, made once; 4.3 GB."""
-    folder = Path("output/sd15-shape")
-    if (folder / "model_index.json").exists():
-        return folder
-    _say(f"making {folder}, Stable Diffusion 1.5's shape with random weights")
-    part, configs = folder.with_name(f".{folder.name}.part"), bases.CONFIGS / "sd15"
-    shutil.rmtree(part, ignore_errors=True)
-    StableDiffusionPipeline(
-        vae=AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae")),
-        text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")),
-        tokenizer=CLIPTokenizer.from_pretrained(bases.CONFIGS / "tokenizer", pad_token="<|endoftext|>"),
-        unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet")),
-        scheduler=PNDMScheduler.from_pretrained(configs / "scheduler"),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(part)  # fmt: skip
-    part.rename(folder)
-    return folder
+def sd15_shape() -> str:
+    """A base of Stable Diffusion 1.5's exact shape with random weights, made once and kept; 4.3 GB."""
+    folder, part, configs = Path("output/sd15-shape"), Path("output/.sd15-shape.part"), bases.CONFIGS / "sd15"
+    if not folder.exists():
+        say(f"making {folder}, Stable Diffusion 1.5's shape with random weights")
+        StableDiffusionPipeline(
+            vae=AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae")),
+            text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")),
+            tokenizer=CLIPTokenizer.from_pretrained(bases.CONFIGS / "tokenizer", pad_token="<|endoftext|>"),
+            unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet")),
+            scheduler=PNDMScheduler.from_pretrained(configs / "scheduler"),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        ).save_pretrained(part)  # fmt: skip
+        part.rename(folder)
+    return str(folder)
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -296,133 +250,111 @@ def sd15_shape() -> Path:
 
 def alternate(jobs: list[Job], rounds: int, block: int) -> dict[str, list[float]]:
     """Seconds per image of each contestant in each round; within a round each runs `block` units in a row."""
-    weights: dict[str, torch.Tensor] = {}
-    contestants = {}
+    contestants, weights = {}, {}
     for job in jobs:
-        _say(f"  readying {label(job)}")
+        say(f"  readying {job.label}")
         with _quiet():
             contestants[job.who] = prepare(job)
         for name, p in contestants[job.who].unet.named_parameters():  # one copy of the frozen weights for all
             if not p.requires_grad:
                 p.data = weights.setdefault(name.replace(".base_layer", ""), p.data)
-    seconds = {name: [] for name in contestants}
-    order = list(contestants)
-    for number in range(-1, rounds):
+    seconds, order = {name: [] for name in contestants}, list(contestants)
+    for number in range(rounds + 1):
         for name in order:
             with _quiet():
-                start = time.perf_counter()
-                for _ in range(block):
-                    contestants[name].run()
-                _synchronize()
-                spent = time.perf_counter() - start
-            if number >= 0:
-                seconds[name].append(spent / block / jobs[0].batch)
+                seconds[name].append(_time(contestants[name].run, block) / jobs[0].batch)
         order.append(order.pop(0))  # nobody is always behind the same one
-        shown = ", ".join(f"{n} {t[-1]:.3g} s" for n, t in seconds.items() if t)
-        _say(f"  round {number + 1} of {rounds}: {shown}" if shown else "  warmed up")
-    return seconds
+        shown = ", ".join(f"{n} {t[-1]:.3g} s" for n, t in seconds.items())
+        say(f"  {f'round {number} of {rounds}' if number else 'warm-up'}: {shown}")
+    return {name: spent[1:] for name, spent in seconds.items()}
 
 
-class Peak:
-    """The most memory in use during a `with`, in bytes: what torch holds on CUDA, the process's own on the CPU."""
+@contextmanager
+def _peak():
+    """Gives a list that ends with the most bytes in use during the `with`."""
+    seen, over, cuda = [held()], threading.Event(), torch.cuda.is_available()
 
-    def __enter__(self):
-        self.bytes, self._over = held(), threading.Event()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
+    def watch():
+        while not over.wait(0.002):
+            seen[0] = max(seen[0], held())
 
-    def _watch(self):
-        while not self._over.wait(0.002):
-            self.bytes = max(self.bytes, held())
-
-    def __exit__(self, *_):
-        self._over.set()
-        if torch.cuda.is_available():
-            self.bytes = torch.cuda.max_memory_allocated()
-        else:
-            self._thread.join()
+    torch.cuda.reset_peak_memory_stats() if cuda else threading.Thread(target=watch, daemon=True).start()
+    yield seen
+    over.set()
+    seen[0] = torch.cuda.max_memory_allocated() if cuda else seen[0]
 
 
 def held() -> int:
-    """Bytes in use now."""
+    """Bytes in use now: what torch holds on CUDA, the whole process on a CPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def child(spec: dict) -> None:
     """One contestant alone in this process; writes what it took, in seconds and bytes, to `spec["result"]`."""
     started, job = spec["started"], Job(**spec["job"])
-    found, before, seconds = {"imports": time.time() - started}, held(), []
-    with Peak() as whole, _clocks(found):
+    found, before = {"imports": time.time() - started}, held()
+    with _clocks(found):
         if job.part == "finish" and job.who != REFERENCE:
-            train.fit(train_config(job), tuner_config(job))
+            train.fit(*job.trainer())
         else:
-            contestant = prepare(job)
-            ready, loaded = time.time() - started, held()
-            with Peak() as peak:
-                for _ in range(job.repeat + 1):
-                    start = time.perf_counter()
-                    contestant.run()
-                    _synchronize()
-                    seconds.append(time.perf_counter() - start)
+            with _peak() as whole:
+                contestant = prepare(job)
+            found |= {"ready": time.time() - started, "loaded": held() - before}
+            with _peak() as peak:
+                seconds = [_time(contestant.run) for _ in range(job.repeat + (job.part != "finish"))]
             contestant.finish()
-            found |= {"ready": ready, "seconds": seconds[1:], "loaded": loaded - before, "peak": peak.bytes - before,
-                      "working": peak.bytes - loaded}  # fmt: skip
-    found |= {"total": time.time() - started, "whole": max(whole.bytes, before) - before}
+            found |= {"seconds": seconds[1:], "peak": peak[0] - before, "whole": max(whole + peak) - before}
+    found["total"] = time.time() - started
     if os.environ.get("RANK", "0") == "0":
         Path(spec["result"]).write_text(json.dumps(found))
 
 
 def alone(job: Job, processes: int = 1) -> dict:
-    """What `child` finds for a job in a new process (or several that share it); its last words if it fails."""
-    _say(f"  {label(job)} alone" + (f", {processes} processes" if processes > 1 else ""))
-    result = Path(job.work) / "result.json"
-    result.unlink(missing_ok=True)
-    shutil.rmtree(train_config(job).output, ignore_errors=True)
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    # freed memory goes back to the system at once, so that what a process holds is what it uses
+    """What `child` finds for a job in a new process (or in several that share it), or its last words as `error`."""
+    say(f"  {job.label}, batch {job.batch}, alone" + (f" in {processes} processes" if processes > 1 else ""))
+    result = Path(tempfile.mkdtemp(dir=job.work)) / "result.json"
+    job = replace(job, work=str(result.parent))  # an output folder of its own
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    # what is freed goes back to the system at once, so that what a process holds is what it uses
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     spec = {"job": asdict(job), "result": str(result), "started": time.time()}
     done = subprocess.run(
         [sys.executable, *many, "-m", "sdtune.bench", "--child", json.dumps(spec)], env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
-    if done.returncode or not result.exists():
-        lines = [line for line in done.stdout.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        _say(f"  failed: {lines[-1]}")
-        return {"error": lines[-1]}
-    return json.loads(result.read_text())
+    if result.exists():
+        return json.loads(result.read_text())
+    say(f"  failed with exit status {done.returncode}:\n{done.stdout[-2000:]}")
+    return {"error": " ".join(done.stdout.split())[-200:]}
 
 
 @contextmanager
 def _clocks(spent: dict[str, float]):
-    """Adds up, in `spent`, the seconds in the once-in-a-while work, by replacing its functions for a while."""
-    watched = {"reading": (data, "read_splits"), "base": (bases, "load_base"), "encoding": (data, "encode"),
-               "previews": (pipeline, "draw")}  # fmt: skip
-    plain = {name: getattr(*place) for name, place in watched.items()}
+    """Adds up in `spent` the seconds of the once-in-a-while work, by wrapping its functions for a while."""
 
-    def timed(name, *args, **kwargs):
+    def timed(name, function, *args, **kwargs):
         start = time.perf_counter()
         try:
-            return plain[name](*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
 
-    for name, place in watched.items():
-        setattr(*place, partial(timed, name))
-    try:
-        yield
-    finally:
+    watched = {"reading": (data, "read_splits"), "base": (bases, "load_base"), "encoding": (data, "encode"),
+               "previews": (pipeline, "draw")}  # fmt: skip
+    with ExitStack() as stack:
         for name, place in watched.items():
-            setattr(*place, plain[name])
+            stack.enter_context(patch.object(*place, partial(timed, name, getattr(*place))))
+        yield
 
 
-def _synchronize() -> None:
+def _time(run: Callable[[], None], times: int = 1) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
 
 
 @contextmanager
@@ -431,49 +363,237 @@ def _quiet():
         yield
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def label(job: Job) -> str:
-    if job.who == LORA and job.part == "draw":
-        return "LoRA, as it is"
-    return LABELS[job.who] + (", checkpointing" if job.checkpointing else "")
-
-
-# --------------------------------------------------------------------------------------- the parts
-
-
 def measure_alternating(job: Job, options) -> list[dict]:
-    """Rows of a table: seconds per image of each contestant, and its ratio to the one that sets the mark."""
-    rows, names, mark = [], TRAIN, FLOOR
-    if job.part == "draw":
-        names, mark = DRAW, BASE
-    for batch in options.batch if job.part == "train" else options.batch[:1]:
-        _say(f"{job.part}: batch {batch}, {job.resolution} px")
-        block = 10 if torch.cuda.is_available() and job.part == "train" else 1
-        seconds = alternate([replace(job, who=name, batch=batch) for name in names], options.rounds, block)
-        for name in names:
-            low, median, high = _quartiles(seconds[name])
-            row = {"batch": batch, "": label(replace(job, who=name)), "s/image": median, "quartiles": f"{low:.3g} to {high:.3g}"}
-            row[f"x {mark}"] = _ratio(seconds[name], seconds[mark])
-            if job.part == "train":
-                row["x reference's speed"] = _ratio(seconds[REFERENCE], seconds[name])
-            rows.append({**row, "who": name, "seconds": seconds[name]})
+    """Seconds per image of each contestant, and the ratio to the one that sets the mark, round by round."""
+    job = replace(job, data=_repeated(job, math.lcm(*options.batch)))  # few pictures, in whole batches
+    training = job.part == "train"
+    mark, block = (FLOOR, 10 if torch.cuda.is_available() else 1) if training else (BASE, 1)
+    rows = []
+    for batch in options.batch if training else options.batch[:1]:
+        jobs = [replace(job, who=name, batch=batch) for name in CONTESTANTS[job.part]]
+        seconds = alternate(jobs, options.rounds, block)
+        for one in jobs:
+            own = np.array(seconds[one.who])
+            low, median, high = np.percentile(own, (25, 50, 75)).tolist()
+            row = {"batch": batch, "contestant": one.label, "s/image": median}
+            row["middle half"] = f"{low:.3g} to {high:.3g}"
+            # ratios within each round: what slows a whole round down cancels
+            row[f"x {mark}"] = float(np.median(own / seconds[mark]))
+            row |= {"speed x reference": float(np.median(seconds[REFERENCE] / own))} if training else {}
+            rows.append(row | {"who": one.who, "seconds": seconds[one.who]})
     return rows
 
 
 def measure_memory(job: Job, options) -> list[dict]:
-    jobs = [replace(job, part=part, who=name, batch=batch) for part, names in (("train", TRAIN), ("draw", DRAW))
-            for batch in (options.batch if part == "train" else options.batch[:1]) for name in names]  # fmt: skip
-    jobs.insert(len(TRAIN), replace(jobs[1], checkpointing=True))
+    """Start-up in seconds, and memory in MB beyond what the imports take, of each contestant in its own process.
+
+    `loaded` is in use before the first step or picture, `working` is what those need on top, `peak` is both, and
+    `whole` is the most since the start.
+    """
+    job = replace(job, part="train", default_previews=True)
+    jobs = [replace(job, who=name, batch=batch) for batch in options.batch for name in CONTESTANTS["train"]]
+    jobs += [replace(job, who=RES_ATTN, checkpointing=True)]
+    jobs += [replace(job, part="draw", who=name) for name in CONTESTANTS["draw"]]
     rows = []
-    for one in jobs:
-        found = alone(replace(one, first_preview=True))
-        row = {"": label(one), "part": one.part, "batch": one.batch, "who": one.who, "checkpointing": one.checkpointing}
+    for one, found in ((one, alone(one)) for one in jobs):
+        row = {"what": one.part, "batch": one.batch, "contestant": one.label, "error": found.get("error")}
         if "error" not in found:
-            start = {k: found.get(k, 0.0) for k in ("imports", "base", "reading", "encoding", "previews")}
-            row |= {"start-up s": found["ready"], **start} if one.part == "train" else {}
-            row |= {f"{k} MB": found[k] / 1e6 for k in ("loaded", "peak", "working", "whole")}
-        rows.append({**row, **({"error": found["error"]} if "error" in found else {})})
+            row |= {"start-up": found["ready"]} | {name: found.get(name, 0.0) for name in ONCE}
+            row["base's share"] = row["base"] / (row["start-up"] - row["imports"])
+            row |= {name: found[name] / 1e6 for name in ("loaded", "peak", "whole")}
+            row["working"] = row["peak"] - row["loaded"]
+        rows.append(row | {"who": one.who, "checkpointing": one.checkpointing})
     return rows
+
+
+def measure_imports(job: Job, options) -> list[dict]:
+    """Seconds of a Python process, and those beyond one that only imports torch."""
+    commands = {"import torch": ["-c", "import torch"], "import sdtune": ["-c", "import torch, sdtune"],
+                "train_anime.py --help": [str(ROOT / "train_anime.py"), "--help"]}  # fmt: skip
+    start = {name: partial(subprocess.run, [sys.executable, *command], check=True, capture_output=True)
+             for name, command in commands.items()}  # fmt: skip
+    rounds = [[_time(run) for run in start.values()] for _ in range(options.rounds)]
+    medians = [statistics.median(spent) for spent in zip(*rounds)]
+    return [{"command": name, "s": m, "beyond torch": m - medians[0]} for name, m in zip(start, medians)]
+
+
+def measure_scale(job: Job, options) -> list[dict]:
+    """How our training with Res-Attn grows, one thing at a time; what does not fit shows its error."""
+    job = replace(job, part="train", who=RES_ATTN)
+    most = torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count()
+    kinds = {"batch": (1, 2, 4, 8), "resolution": [job.resolution * n // 2 for n in (1, 2, 3, 4)],
+             "images": (30, 300, 3000), "processes": [n for n in (1, 2, 4, 8) if n <= most]}  # fmt: skip
+    rows = []
+    for kind, value in ((kind, value) for kind, values in kinds.items() for value in values):
+        say(f"scale: {kind} {value}")
+        one = replace(job, data=_repeated(job, value)) if kind == "images" else job
+        one = replace(one, **{kind: value}) if kind in ("batch", "resolution") else one
+        processes = value if kind == "processes" else 1
+        found = alone(one, processes)
+        row = {"grows": kind, "to": value, "error": found.get("error")}
+        if "error" not in found:
+            row["s/image"] = statistics.median(found["seconds"]) / one.batch / processes
+            row |= {name: found[name] for name in ("reading", "encoding")}
+            row |= {f"{name} MB": found[name] / 1e6 for name in ("loaded", "peak")}
+        rows.append(row)
+    return rows
+
+
+def _repeated(job: Job, count: int) -> str:
+    """A folder of `count` pairs: the training pictures over and over."""
+    pairs, _ = data.read_splits(job.data, job.resolution, lambda line: None)
+    folder = Path(tempfile.mkdtemp(dir=job.work))
+    for i in range(count):
+        first = i % len(pairs)
+        if i == first:
+            pairs[i].open().save(folder / f"{i}.png")
+        else:
+            shutil.copyfile(folder / f"{first}.png", folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(pairs[first].caption, encoding="utf-8")
+    return str(folder)
+
+
+def measure_finish(job: Job, options) -> list[dict]:
+    """Seconds from the start of a process to the end of a whole run with default settings, and parts of them."""
+    rows = []
+    job = replace(job, repeat=2 if options.quick else 300, default_previews=True)
+    for one, found in ((one, alone(one)) for one in (replace(job, who=name) for name in (REFERENCE, RES_ATTN, LORA))):
+        row = {"contestant": one.label, "batch": one.batch, "steps": one.repeat, "s in all": found.get("total")}
+        rows.append(row | {name: found.get(name, 0.0) for name in ONCE} | {"error": found.get("error")})
+    return rows
+
+
+PARTS = {
+    "train": (measure_alternating, "a training step: the contestants alternate"),
+    "draw": (measure_alternating, "a picture: the contestants alternate"),
+    "memory": (measure_memory, "start-up (s) and peak memory (MB) of each contestant in a process of its own"),
+    "imports": (measure_imports, "`import sdtune` and `train_anime.py --help`, beyond importing torch"),
+    "scale": (measure_scale, "how our training grows with batch, resolution, images and processes (long)"),
+    "finish": (measure_finish, "a run of 300 steps on all images, with encoding, previews and saving (long)"),
+}
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def judge(found: dict[str, list[dict]], cuda: bool) -> list[dict]:
+    """Each target of speed and memory: what was found, and whether it is met."""
+    rows = []
+
+    def target(text: str, value: float | None, limit: float, least: bool = False) -> None:
+        met = value is not None and (value >= limit if least else value <= limit)
+        row = {"target": text, "wanted": f"{'at least' if least else 'at most'} {limit:,}", "found": value}
+        rows.append(row | {"answer": "not measured" if value is None else "met" if met else "NOT met"})
+
+    def pick(part: str, column: str, **where):
+        """The value in the row of a part that `where` describes."""
+        chosen = (r for r in found.get(part, []) if all(r.get(k) == v for k, v in where.items()))
+        return next(chosen, {}).get(column)
+
+    def over(part: str, column: str, name: str, **where) -> float | None:
+        """The value of Res-Attn over that of another contestant."""
+        own, other = (pick(part, column, who=who, **where) for who in (RES_ATTN, name))
+        return own / other if own is not None and other else None
+
+    for batch in dict.fromkeys(r["batch"] for part in ("train", "memory") for r in found.get(part, [])):
+        speed, time_ = (pick("train", c, batch=batch, who=RES_ATTN) for c in ("speed x reference", f"x {FLOOR}"))
+        target(f"training step, batch {batch}: x reference's speed", speed, 2.0, least=True)
+        target(f"training step, batch {batch}: x floor's time", time_, 1.1)
+        # on a CPU without what has been loaded: a model that has done its work stays in the same memory
+        kind, at = "peak" if cuda else "working", dict(what="train", batch=batch, checkpointing=False)
+        target(f"training memory ({kind}), batch {batch}: x reference's", over("memory", kind, REFERENCE, **at), 0.6)
+    if cuda:
+        target("fp16, batch 1, checkpointing: MB", pick("memory", "whole", checkpointing=True), 4000)
+    target("drawing with Res-Attn: x base's time", pick("draw", f"x {BASE}", who=RES_ATTN), 1.05)
+    target("drawing with Res-Attn: x time of a LoRA of equal parameters", over("draw", "s/image", LORA), 1.0)
+    share = pick("memory", "base's share", what="train", who=RES_ATTN)
+    target("start-up after the imports: share of reading the base", share, 0.5, least=True)
+    for command in ("import sdtune", "train_anime.py --help"):
+        target(f"{command}: s beyond importing torch", pick("imports", "beyond torch", command=command), 1.0)
+    return rows
+
+
+def machine() -> dict:
+    """What the numbers depend on; the load tells whether others were using the machine."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.partition(": ")[2] for line in info.splitlines() if "model name" in line), platform.machine())
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu, "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "load at start": round(psutil.getloadavg()[0], 1),
+        "python": platform.python_version(), **store.library_versions(),
+    }  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table, without empty columns and those that are for the JSON file alone."""
+    hidden = ("who", "seconds", "checkpointing")
+    columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if v is not None and k not in hidden))
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(c)) for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for logging in (transformers.utils.logging, diffusers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if arguments[:1] == ["--child"]:
+        child(json.loads(arguments[1]))
+        return 0
+    cuda = torch.cuda.is_available()
+    parts = "\n".join(f"  {name:8} {text}" for name, (_, text) in PARTS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m sdtune.bench", description=__doc__.split("\n\n")[1], epilog=f"parts:\n{parts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("parts", nargs="*", metavar="part", help="what to measure; default: train draw memory imports")
+    parser.add_argument("--base", default="tiny-sd", help="tiny-sd, sd15-shape (random weights), or any base")
+    parser.add_argument("--resolution", type=int, help="side in px; default: the base's own, on a CPU at most 256")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="images per step; default: 1 4")
+    parser.add_argument("--precision", choices=("no", "fp16", "bf16"), help="default: fp16 on CUDA, no on a CPU")
+    parser.add_argument("--rounds", type=int, default=20 if cuda else 7, help="how often the contestants alternate")
+    parser.add_argument("--quick", action="store_true", help="one round of the smallest of everything: does it run?")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there, too")
+    options = parser.parse_args(arguments)
+    if wrong := set(options.parts) - set(PARTS):
+        parser.error(f"no part named {', '.join(wrong)}; possible: {', '.join(PARTS)}")
+    if options.quick:
+        options.rounds, options.batch, options.resolution = 1, [1], 64
+
+    base = sd15_shape() if options.base == "sd15-shape" else options.base
+    native, where, found = bases.native_resolution(base), machine(), {}
+    with tempfile.TemporaryDirectory() as work:
+        job = Job(
+            "train", RES_ATTN, base, str(ROOT / "assets/anime"), work,
+            resolution=options.resolution or (native if cuda else min(native, 256)), batch=options.batch[0],
+            precision=options.precision or ("fp16" if cuda else "no"), repeat=1 if options.quick else 5,
+            draw_steps=1 if options.quick else 50 if cuda else 10,
+        )  # fmt: skip
+        for part in options.parts or ("train", "draw", "memory", "imports"):
+            say(f"{part}: {PARTS[part][1]}")
+            try:
+                found[part] = PARTS[part][0](replace(job, part=part), options)
+            except KeyboardInterrupt:
+                say(f"stopped in {part}; the report is on what came before")
+                break
+    verdicts = judge(found, cuda)
+    print(", ".join(f"{k} {v}" for k, v in where.items()))
+    print(f"base {options.base}, {job.resolution} px, precision {job.precision}, {options.rounds} rounds")
+    for part, rows in found.items():
+        steps = f", {job.draw_steps} sampling steps" if part == "draw" else ""
+        print(f"\n**{part}**: {PARTS[part][1]}{steps}\n\n{table(rows)}")
+    print(f"\n**targets**\n\n{table(verdicts)}")
+    if options.json:
+        report = {"machine": where, "settings": {**vars(options), **asdict(job)}, **found, "targets": verdicts}
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

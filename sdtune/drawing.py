@@ -165,7 +165,7 @@ def _left_as_it_was(pipe):
     """Restores which adapters are active, their weights, and what is trainable."""
     models = [m for m in (pipe.unet, pipe.text_encoder) if m is not None]
     layers = [layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    weights = [layer.weights if isinstance(layer, attach.ParallelTuners) else layer.scaling for layer in layers]
+    weights = [attach.scales(layer) for layer in layers]
     kept = [(list(layer.active_adapters), layer._disable_adapters, dict(w)) for layer, w in zip(layers, weights)]
     trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     try:

@@ -36,8 +36,8 @@ class Settings:
         wrong = []
         for name in ("prompt", "negative_prompt"):
             if len(getattr(self, name)) > MOST_CHARACTERS:
-                found = len(getattr(self, name))
-                wrong.append(f"the {name.replace('_', ' ')} has {found:,} characters, at most {MOST_CHARACTERS:,} are read")
+                what, found = name.replace("_", " "), len(getattr(self, name))
+                wrong.append(f"the {what} has {found:,} characters; at most {MOST_CHARACTERS:,} can be given")
         for name, low, high in (("seed", 0, 2**32 - 1), ("steps", 1, 150), ("guidance", 0, 30), ("images", 1, 16)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:

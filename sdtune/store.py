@@ -84,6 +84,7 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
             f"for {dtype}, the first is {bad[0]}"
         )
     base_name = file.base.get("name", "unknown base")
+    kind = "+".join(filter(None, (file.config.kind, file.config.ffn_kind)))
     training = file.training
     resolution = training.get("resolution")
     metadata = {
@@ -95,10 +96,10 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
         "sdtune.training": json.dumps(training),
         "sdtune.versions": json.dumps(library_versions()),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-v1/{file.config.kind.replace('_', '-')}",
+        "modelspec.architecture": f"stable-diffusion-v1/{kind.replace('_', '-')}",
         "modelspec.implementation": "sdtune",
-        "modelspec.title": training.get("title") or f"{file.config.kind} tuner for {base_name}",
-        "modelspec.description": f"A {file.config.kind} tuner for {base_name}; load it with sdtune.load_tuner",
+        "modelspec.title": training.get("title") or f"{kind} tuner for {base_name}",
+        "modelspec.description": f"A {kind} tuner for {base_name}; load it with sdtune.load_tuner",
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "modelspec.prediction_type": file.base.get("prediction_type", "epsilon"),
     }

@@ -1,23 +1,20 @@
-"""What stands behind the page of `app.py` and is no layout: one device shared by many windows, and the library.
+"""What the page of `app.py` asks for: draw side by side, draw a grid, take dropped data, train, add to the library.
 
-`Device` runs one piece of work at a time, in a thread of its own, and says who waits for whom. `Library` lists the
-tuner and LoRA files in some folders, with what their metadata says and whether they fit the base. `Studio` draws
-pictures, writes their settings into them, and trains. Nothing here trusts what a browser sends: adapters are
-named by their label in the library, never by a path, and files are written below the output folder only.
+`Studio` holds the loaded base, the `Device` that all windows share, and the `Library`. Nothing here trusts what a
+browser sends: adapters are named by their label in the library, never by a path, and files are written below the
+output folder only.
 """
 
-import base64
-import io
+import dataclasses
 import json
 import re
 import secrets
+import shlex
 import shutil
-import threading
 import time
-import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,16 +25,17 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 import sdtune
 
-from . import bases, data, pictures, pipeline, store
+from . import data, pictures, store
+from .device import Device, Halted, Job, StudioError
+from .library import Item, Library, matters
 from .notes import Settings, slug, write_png
+from .tuners import TunerConfig
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SAMPLERS = {
@@ -50,352 +48,8 @@ SAMPLERS = {
     "DPM++ 2M Karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "UniPC": (UniPCMultistepScheduler, {}),
 }
-MOST_WAITING, MOST_CELLS, MOST_LOADED, MOST_FILES = 20, 100, 12, 1000
+MOST_CELLS, MOST_LOADED, MOST_FILES = 100, 12, 1000
 _DAY = 24 * 3600
-
-
-class StudioError(ValueError):
-    """Something that the user of the page can put right; the message says what."""
-
-
-class Halted(Exception):
-    """Raised inside a piece of work that was told to stop."""
-
-
-# ------------------------------------------------------------------------------------------ the device
-
-
-@dataclass(eq=False)
-class Job:
-    """A piece of work for the device. `state` goes waiting, running, then one of done, stopped, failed."""
-
-    owner: str | None  # the window that asked for it; None once that is closed
-    kind: str  # "drawing" or "training"
-    slot: str  # a window has one drawing per slot; a new one takes the place of the old
-    work: Callable[["Job"], object]
-    state: str = "waiting"
-    done: int = 0
-    total: int = 0
-    note: str = ""
-    result: object = None
-    error: str = ""
-    stopping: bool = False
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)  # of a training
-    run: "Run | None" = None
-
-    @property
-    def over(self) -> bool:
-        return self.state in ("done", "stopped", "failed")
-
-    def step(self, done: int, total: int) -> None:
-        """Notes the progress; raises Halted if the job was told to stop."""
-        self.done, self.total = done, total
-        if self.stopping:
-            raise Halted
-
-
-class Device:
-    """First come, first served, one at a time; but a drawing may pass between two steps of a training."""
-
-    def __init__(self):
-        self._wake = threading.Condition()
-        self._waiting: list[Job] = []
-        self.running: list[Job] = []  # a training, and the drawing that passes it
-        self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="device", daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Job) -> Job:
-        """Puts a job into the queue; an older drawing of the same window and slot is stopped.
-
-        Raises:
-            StudioError: if the queue is full, or this window has a training already.
-        """
-        with self._wake:
-            for old in self.jobs():
-                if old.owner == job.owner and old.slot == job.slot:
-                    if job.kind == "training":
-                        raise StudioError("a training of this window is under way or waits; stop it first")
-                    self._stop(old)
-            if len(self._waiting) >= MOST_WAITING:
-                raise StudioError(f"{MOST_WAITING} are waiting for the device already; try again in a moment")
-            self._waiting.append(job)
-            self._wake.notify_all()
-        return job
-
-    def jobs(self) -> list[Job]:
-        """All that run or wait, in this order."""
-        return [*self.running, *self._waiting]
-
-    def ahead(self, job: Job) -> int:
-        """How many jobs come before this one; a drawing does not wait for trainings."""
-        with self._wake:
-            before = self.jobs()[: self.jobs().index(job)] if job in self._waiting else []
-        return sum(job.kind == "training" or other.kind == "drawing" for other in before)
-
-    def stop(self, job: Job) -> None:
-        """Ends a job at its next step, or takes it out of the queue."""
-        with self._wake:
-            self._stop(job)
-
-    def _stop(self, job: Job) -> None:
-        job.stopping = True
-        if job in self._waiting:
-            self._waiting.remove(job)
-            job.state = "stopped"
-
-    def forget(self, owner: str) -> None:
-        """A window was closed: its drawings end, its training goes on and belongs to nobody."""
-        for job in self.jobs():
-            if job.owner == owner:
-                job.owner = None
-                if job.kind == "drawing":
-                    self.stop(job)
-
-    def let_pass(self) -> None:
-        """Runs the first drawing that waits, if there is one. A training calls this between its steps."""
-        with self._wake:
-            job = next((j for j in self._waiting if j.kind == "drawing"), None)
-            if job:
-                self._waiting.remove(job)
-                self.running.append(job)
-        if job:
-            with torch.random.fork_rng():  # the training's random numbers go on as if nothing had happened
-                self._run(job)
-
-    def close(self, timeout: float = 60.0) -> None:
-        """Stops everything; a training writes its checkpoint first."""
-        with self._wake:
-            self._closed = True
-            for job in self.jobs():
-                self._stop(job)
-            self._wake.notify_all()
-        self._thread.join(timeout)
-
-    def _serve(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return
-                job = self._waiting.pop(0)
-                self.running.append(job)
-            self._run(job)
-
-    def _run(self, job: Job) -> None:
-        """Runs a job that is in `running`; whatever happens in it, the device goes on."""
-        started, end = time.monotonic(), "done"
-        job.state = "running"
-        try:
-            job.result = job.work(job)
-        except Halted:
-            end = "stopped"
-        except BaseException as error:  # also what is no Exception must not end the device's thread
-            job.error, end = in_plain_words(error), "failed"
-        with self._wake:
-            self.running.remove(job)
-            job.seconds, job.state = time.monotonic() - started, end
-
-
-def in_plain_words(error: BaseException) -> str:
-    """An error as a sentence for the page; what nobody foresaw goes to the terminal in full."""
-    if isinstance(error, sdtune.DataError):
-        return "the data cannot be used: " + "; ".join(error.problems)
-    if isinstance(error, (ValueError, *_trainer_errors())):
-        return " ".join(str(error).split())
-    traceback.print_exception(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return "the device's memory is full; try a smaller size, fewer pictures or a smaller batch"
-    return f"something went wrong ({type(error).__name__}: {' '.join(str(error).split())[:300]}); the terminal has more"
-
-
-def _trainer_errors() -> tuple:
-    from .train import TrainError  # heavy, and only known once something has been trained or drawn
-
-    return (TrainError,)
-
-
-# ----------------------------------------------------------------------------------------- the library
-
-
-@dataclass(frozen=True)
-class Item:
-    """A tuner or LoRA file. `why` says why it does not fit the base, empty if it does."""
-
-    label: str
-    path: Path
-    kind: str
-    why: str = ""
-    base: str = ""
-    trigger_words: str = ""
-    megabytes: float = 0.0
-    made: float = 0.0  # seconds since 1970
-    details: str = ""
-    preview: Path | None = None
-    run: str = ""  # for a checkpoint: the label of the run it belongs to
-
-    @property
-    def fits(self) -> bool:
-        return not self.why
-
-
-class Library:
-    """The tuner and LoRA files in some folders, by label. `version` grows whenever the listing has changed."""
-
-    def __init__(self, folders: Sequence[Path], unet):
-        self.folders, self.version, self.items = list(folders), 0, {}
-        with torch.device("meta"):  # a UNet of this shape that no other thread touches
-            self._unet = UNet2DConditionModel.from_config(unet.config)
-        self._layers = {
-            name.replace(".", "_"): (module.in_features if isinstance(module, torch.nn.Linear) else module.in_channels)
-            for name, module in self._unet.named_modules()
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-        }
-        self._known: dict[tuple, Item] = {}
-        self._lock = threading.Lock()
-        self.scan()
-
-    def scan(self) -> int:
-        """Looks for new, changed and vanished files; gives the version."""
-        with self._lock:
-            items, known = {}, {}
-            for folder in self.folders:
-                for path in sorted(p for p in folder.rglob("*.safetensors") if self._listed(folder, p)):
-                    try:
-                        stat = path.stat()
-                    except OSError:  # it vanished meanwhile
-                        continue
-                    label = self._label(folder, path, items)
-                    key = (label, path, stat.st_mtime_ns, stat.st_size)
-                    known[key] = items[label] = self._known.get(key) or self._read(label, path, stat)
-            if known.keys() != self._known.keys():
-                self._known, self.items = known, items
-                self.version += 1
-            return self.version
-
-    def offered(self, checkpoints: bool = False) -> list[str]:
-        """The labels of what fits the base: finished files, or also the checkpoints of runs."""
-        return [i.label for i in self.items.values() if i.fits and (checkpoints or not i.run or self._last(i))]
-
-    def runs(self) -> dict[str, list[str]]:
-        """Run -> the labels of its checkpoints that fit the base, in order."""
-        found: dict[str, list[str]] = {}
-        for item in self.items.values():
-            if item.run and item.fits:
-                found.setdefault(item.run, []).append(item.label)
-        return found
-
-    def find(self, label: str) -> Item:
-        """The file of a label; StudioError if there is none or it does not fit."""
-        item = self.items.get(label) if isinstance(label, str) else None
-        if item is None:
-            raise StudioError(f"{str(label)[:80]!r} is not in the library (any more); choose another")
-        if item.why:
-            raise StudioError(f"{item.label} does not fit this base: {item.why}")
-        return item
-
-    def _last(self, item: Item) -> bool:
-        """Whether a checkpoint stands for its run: the run was stopped, and this is where."""
-        own = [i for i in self.items.values() if i.run == item.run]
-        return item.run not in self.items and item.label == own[-1].label
-
-    @staticmethod
-    def _listed(folder: Path, path: Path) -> bool:
-        parts = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts) or "tiny-sd" in parts[:1]:
-            return False
-        return "checkpoints" not in parts or path.name == store.FILE_NAME
-
-    @staticmethod
-    def _label(folder: Path, path: Path, taken) -> str:
-        parts = path.relative_to(folder).with_suffix("").parts
-        parts = parts[:-1] if path.name == store.FILE_NAME and len(parts) > 1 else parts
-        if len(parts) > 2 and parts[-2] == "checkpoints":
-            step = parts[-1].removeprefix("step-").lstrip("0")
-            parts = (*parts[:-3], f"{parts[-3]} @ step {step}")
-        label, number = "/".join(parts[-2:])[:120], 2
-        while label in taken:
-            label, number = f"{'/'.join(parts[-2:])[:110]} ({number})", number + 1
-        return label
-
-    def _read(self, label: str, path: Path, stat) -> Item:
-        facts = {"megabytes": stat.st_size / 1e6, "made": stat.st_mtime, "run": label.partition(" @ step ")[0]}
-        if " @ step " not in label:
-            facts["run"] = ""
-        previews = (path.with_suffix(".png"), path.with_name("preview.png"))
-        facts["preview"] = next((p for p in previews[: 1 + (path.name == store.FILE_NAME)] if p.is_file()), None)
-        try:
-            if store.is_plain_lora(path):
-                return self._read_lora(label, path, facts)
-            file = store.load(path)
-        except (ValueError, OSError, SafetensorError) as error:
-            return Item(label, path, "not usable", why=" ".join(str(error).split()), **facts)
-        why = ""
-        try:
-            store.check_fits(file, pipeline.expected_shapes(self._unet, file.config), path.name)
-        except ValueError as error:
-            shape = file.base.get("shape") or {}
-            own = {k: v for k, v in self._unet.config.items() if k in shape}
-            differs = [f"{k} is {v}, here {own[k]}" for k, v in shape.items() if k in own and _lists(own[k]) != v]
-            why = f"made for a base of another shape ({'; '.join(differs)})" if differs else " ".join(str(error).split())
-        config, training = file.config, file.training
-        details = f"rank {config.rank}, on {' + '.join(config.ops)}"
-        if steps := training.get("steps_done"):
-            details += f"; {steps} steps on {training.get('images', '?')} pictures"
-        return Item(
-            label, path, kind_name(config.kind), why, str(file.base.get("name", "")), str(file.trigger_words),
-            details=details, **facts,
-        )  # fmt: skip
-
-    def _read_lora(self, label: str, path: Path, facts: dict) -> Item:
-        """A LoRA of another tool: its layers must be layers of this UNet, with inputs as wide."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            downs = {k: file.get_slice(k).get_shape() for k in file.keys() if re.search(r"lora(_A|[._]down)\.", k)}
-        found, wrong, rank = 0, "", 0
-        for key, shape in downs.items():
-            if key.startswith(("text_encoder", "lora_te")):
-                continue
-            layer = re.sub(r"\.?(lora_A(\.\w+)?|lora[._]down)\.weight$", "", key)
-            layer = re.sub(r"^(unet\.|lora_unet_)", "", layer).replace(".processor", "").replace(".", "_")
-            layer = layer.removesuffix("_lora")
-            width = self._layers.get(layer, self._layers.get(f"{layer}_0"))
-            if width is None:
-                continue
-            found, rank = found + 1, shape[0]
-            if width != shape[1]:
-                wrong = wrong or f"its {layer} is {shape[1]} wide, this base's is {width}"
-        if not downs or not found:
-            wrong = "none of its layers are in this base's UNet"
-        base = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture") or ""
-        trigger = metadata.get("modelspec.trigger_phrase", "")
-        return Item(label, path, "LoRA", wrong, base[:200], trigger[:500], details=f"rank {rank}", **facts)
-
-
-def kind_name(kind: str) -> str:
-    """"res_attn" as people write it: Res-Attn."""
-    short = {"lora": "LoRA", "dora": "DoRA", "ia3": "IA3"}
-    return short.get(kind) or "-".join(part.capitalize() for part in str(kind).split("_"))
-
-
-def _lists(value):
-    return list(value) if isinstance(value, tuple) else value
-
-
-def thumbnail(path: Path | None, side: int) -> str:
-    """A picture as a small JPEG in a data URL, or "" if it is none. Decoded and drawn anew, so nothing hides in it."""
-    try:
-        image = data.open_image(path)
-        image.thumbnail((side, side))
-        out = io.BytesIO()
-        image.save(out, "JPEG", quality=85)
-    except Exception:  # decoders raise many kinds on damaged files
-        return ""
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-# ------------------------------------------------------------------------------------------ the studio
 
 
 @dataclass(frozen=True)
@@ -453,11 +107,12 @@ class Studio:
         self.library = Library([ASSETS, self.output], self.pipe.unet)
         self._loaded: OrderedDict[tuple, str] = OrderedDict()  # (path, time, size) -> adapter, least used first
         self._count = 0
+        self._trainings: dict[str, Job] = {}  # the last one of each window
         self._sweep()
 
     # -------------------------------------------------------------------------------------- drawing
 
-    def draw(self, owner: str, settings: Settings) -> Job:
+    def draw(self, owner: str, settings: Settings, slot: str = "columns") -> Job:
         """Queues a side-by-side drawing; its result is `Drawn`, one title and list of files per column."""
         settings.check()
         for column in settings.columns:
@@ -478,13 +133,21 @@ class Studio:
                     title = title_of(column)
                     name = f"{slug(settings.prompt)}-{settings.seed + i}-{c + 1}-{slug(title)}.png"
                     picture = drawn[c * settings.images + i]
-                    files.append(write_png(folder / name, picture, settings, c, i, self._base_name()))
+                    files.append(write_png(folder / name, picture, settings, c, i, self.base_name))
                 columns.append((title_of(column), files))
             return Drawn(columns, settings)
 
-        return self.device.submit(Job(owner, "drawing", "columns", work))
+        return self.device.submit(Job(owner, "drawing", slot, work))
 
-    def draw_grid(self, owner: str, settings: Settings, x: "Axis", y: "Axis", slot: str = "grid") -> Job:
+    def default_columns(self) -> list[dict[str, float]]:
+        """What a new window sets side by side: the base, a LoRA and a tuner, as far as there are some."""
+        offered = [self.library.items[label] for label in self.library.offered()]
+        shipped = [i for i in offered if i.path.parent == ASSETS] or offered
+        loras = [{i.label: 1.0} for i in shipped if i.kind == "LoRA"][:1]
+        tuners = [{i.label: 1.0} for i in shipped if i.kind != "LoRA"][:1]
+        return [{}, *loras, *tuners]
+
+    def draw_grid(self, owner: str, settings: Settings, x: "Axis", y: "Axis") -> Job:
         """Queues a grid over two axes; its result is `Drawn` with one labelled picture."""
         settings.check()
         if len(x.values) * len(y.values) > MOST_CELLS:
@@ -515,10 +178,11 @@ class Studio:
             cell = min(256, max(192, self.side if settings.size is None else settings.size))
             picture = pictures.grid(rows, [_short(t, cell // 9) for t in x.titles()], y.titles(), cell)
             name = f"grid-{slug(settings.prompt)}.png"
-            file = write_png(self._new_folder() / name, picture, settings, 0, 0, self._base_name(), {x.name: x.titles(), y.name: y.titles()})  # noqa: E501
+            titles = {axis.name: axis.titles() for axis in (x, y)}
+            file = write_png(self._new_folder() / name, picture, settings, 0, 0, self.base_name, titles)
             return Drawn([("grid", [file])], settings)
 
-        return self.device.submit(Job(owner, "drawing", slot, work))
+        return self.device.submit(Job(owner, "drawing", "grid", work))
 
     def _draw(self, job: Job, shots: list[Shot], settings: Settings) -> list[Image.Image]:
         """Draws on the device; called in its thread only."""
@@ -553,7 +217,8 @@ class Studio:
             self.pipe.delete_adapters(self._loaded.popitem(last=False)[1])
         return names
 
-    def _base_name(self) -> str:
+    @property
+    def base_name(self) -> str:
         return Path(self.base).name or self.base
 
     def _new_folder(self) -> Path:
@@ -591,36 +256,69 @@ class Studio:
         problems = [p for p in problems if ": no caption" not in p]  # those are typed in the page
         return Drop(folder, [(name, caption or "") for name, caption, _ in found], problems, notes)
 
-    def check(self, drop: "Drop", captions: Sequence[str], resolution: int | None) -> list[str]:
-        """Everything that keeps these pictures and captions from being trained on; writes them as a data set."""
-        ready = drop.ready
-        shutil.rmtree(ready, ignore_errors=True)
-        ready.mkdir()
-        lines = []
-        for (name, _), caption in zip(drop.pairs, captions):
-            shutil.copyfile(drop.folder / name, ready / name)
-            if caption.strip():
-                lines.append(json.dumps({"file_name": name, "text": caption.strip()}, ensure_ascii=False))
-        (ready / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        problems = list(drop.problems)
+    def check(self, drop: "Drop", captions: Sequence[str], resolution: int | None = None) -> list[str]:
+        """Everything that keeps these pictures and captions from being trained on, one line each."""
+        folder = self.private / "drops" / secrets.token_hex(16)
+        problems, untold = list(drop.problems), ": no caption yet; write one beside it"
         try:
-            data.read(ready, resolution or self.side, log=lambda _: None)
+            drop.write(folder, captions)
+            data.read(folder, resolution or self.side, log=lambda _: None)
         except sdtune.DataError as error:
-            problems += error.problems
-        return [re.sub(r": no caption, or an empty one; .*", ": no caption yet; write one beside it", p) for p in problems]
+            problems += [re.sub(r": no caption, or an empty one; .*", untold, p) for p in error.problems]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return problems
+
+    def plan(
+        self, drop: "Drop | None", captions: Sequence[str], source: str, name: str, kind: str, steps, more: dict
+    ) -> "Run":
+        """What the page's form asks for, as a training.
+
+        Args:
+            source: "own" for the dropped pictures with these captions, "bundled" for the anime pairs.
+            more: the other fields of the form, by their names in the configurations; empty ones count as default.
+
+        Raises:
+            ValueError: if a setting is out of range.
+        """
+        more = {k: v for k, v in more.items() if v not in (None, "")}
+        sizes = ("rank", "num_heads", "length")
+        numbers = (*sizes, "batch_size", "resolution", "preview_every", "checkpoint_every", "seed")
+        more |= {k: int(more[k]) for k in numbers if k in more}
+        tuner = {k: more.pop(k) for k in sizes if k in more}
+        tuner = TunerConfig(kind=kind, ops=more.pop("ops"), **{k: v for k, v in tuner.items() if matters(kind, k)})
+        prompts = more.pop("preview_prompts", "").splitlines()
+        more["preview_prompts"] = [p.strip() for p in prompts if p.strip()]
+        more["base"] = base_choice(more.get("base"), self.base)
+        if steps is not None:
+            more["steps"] = int(steps)
+        if source == "own":
+            more["data"] = self._data_folder(drop, captions, name)
+        return Run(sdtune.TrainConfig(output=str(self.output / self.free_name(name)), **more), tuner)
 
     def free_name(self, wanted: str) -> str:
         """The name of a run that does not exist yet, made of the wanted one."""
         stem = slug(wanted) or "tuner"
         names = [stem, *(f"{stem}-{i}" for i in range(2, 1000))]
-        return next(n for n in names if not (self.output / n).exists() and not (self.output / "data" / n).exists())
+        return next(n for n in names if not (self.output / n).exists())
 
-    def keep(self, drop: "Drop", name: str) -> str:
-        """Moves a checked data set to where a training, now or from a shell, finds it; gives the folder."""
-        folder = self.output / "data" / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(drop.ready, folder)
-        return str(folder)
+    def _data_folder(self, drop: "Drop | None", captions: Sequence[str], name: str) -> str:
+        """Where these pictures and captions are kept, now or later: in one folder each, however often asked."""
+        if drop is None:
+            return str(self.output / "data" / "…")
+        stem = f"{slug(name) or 'pictures'}-{drop.folder.name[:6]}"
+        for folder in (self.output / "data" / n for n in (stem, *(f"{stem}-{i}" for i in range(2, 1000)))):
+            if not folder.exists() or (folder / "metadata.jsonl").read_text(encoding="utf-8") == drop.table(captions):
+                return str(folder)
+        raise StudioError(f"there are 1000 versions of {stem} already; choose another name")
+
+    def keep(self, drop: "Drop", captions: Sequence[str], run: "Run") -> None:
+        """Puts checked pictures and captions where the training finds them, from the page or from a shell."""
+        folder = Path(run.config.data)
+        if not folder.exists():
+            part = folder.with_name(f".{secrets.token_hex(8)}.part")
+            drop.write(part, captions)
+            part.rename(folder)
 
     def train(self, owner: str, run: Run) -> Job:
         """Queues a training; its result is the tuner's file, also when it is stopped after its first step."""
@@ -647,7 +345,42 @@ class Studio:
             finally:
                 self.library.scan()
 
-        return self.device.submit(Job(owner, "training", "training", work, total=run.config.steps, run=run))
+        job = Job(owner, "training", "training", work, total=run.config.steps, run=run)
+        self._trainings = {**self._trainings, owner: self.device.submit(job)}
+        return job
+
+    def training_of(self, owner: str) -> Job | None:
+        """The training that a window shows: its own last one, else one whose window was closed and that goes on."""
+        orphans = (j for j in self.device.jobs() if j.kind == "training" and j.owner is None)
+        return self._trainings.get(owner) or next(orphans, None)
+
+    def label_of(self, job: Job) -> str | None:
+        """The label of what a training made, if it fits the loaded base."""
+        return next((i.label for i in self.library.items.values() if i.path == job.result and i.fits), None)
+
+    def first_prompt(self, job: Job) -> str:
+        """A prompt that a training has learned, to draw with."""
+        config = job.run.config
+        try:
+            caption = data.read(config.data, self.side, log=lambda _: None)[0].caption
+        except ValueError:
+            return ""
+        return f"{config.trigger_words} {caption}".strip()
+
+    def show(self, picture: Path) -> Path:
+        """A copy of a run's picture that the page may serve."""
+        return Path(shutil.copy(picture, self._new_folder() / picture.name))
+
+    def doing(self, owner: str) -> tuple[str, bool]:
+        """What the device does, in a few words for one window, and whether it does anything."""
+        jobs = self.device.jobs()
+        if not jobs:
+            return "device free", False
+        now = next((job for job in reversed(jobs) if job.state == "running"), jobs[0])
+        whose = "your" if now.owner == owner else "another window's"
+        text = f"{whose} {now.kind}" + (f", {now.done} of {now.total}" if now.total else "")
+        waiting = sum(job.state == "waiting" for job in jobs)
+        return text + (f" · {waiting} waiting" if waiting else ""), True
 
     # -------------------------------------------------------------------------------------- library
 
@@ -693,7 +426,7 @@ class Studio:
         return name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Drop:
     """Dropped training files: (picture, caption found for it), and what is wrong apart from missing captions."""
 
@@ -702,9 +435,21 @@ class Drop:
     problems: list[str]
     notes: list[str]
 
-    @property
-    def ready(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}-ready")
+    def table(self, captions: Sequence[str]) -> str:
+        """The metadata.jsonl of these pictures with the captions as they stand in the page."""
+        lines = [
+            json.dumps({"file_name": name, "text": caption.strip()}, ensure_ascii=False) + "\n"
+            for (name, _), caption in zip(self.pairs, captions)
+            if caption and caption.strip()
+        ]
+        return "".join(lines)
+
+    def write(self, folder: Path, captions: Sequence[str]) -> None:
+        """Writes pictures and captions as a data set."""
+        folder.mkdir(parents=True)
+        for name, _ in self.pairs:
+            shutil.copyfile(self.folder / name, folder / name)
+        (folder / "metadata.jsonl").write_text(self.table(captions), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -752,7 +497,7 @@ class Axis:
             return [""]
         if self.name in ("tuner", "checkpoint"):
             return [value or "base" for value in self.values]
-        return [str(v) if self.name == "prompt" else f"{self.name} {v:g}" if v < 1e5 else f"seed {v}" for v in self.values]
+        return [v if self.name == "prompt" else f"{self.name} {v}" for v in self.values]
 
 
 def title_of(column: dict[str, float]) -> str:
@@ -766,9 +511,6 @@ def _short(text: str, most: int) -> str:
 
 def command(run: Run) -> str:
     """The line for a shell that trains the same."""
-    import dataclasses
-    import shlex
-
     words = ["accelerate", "launch", "train_anime.py"]
     for part in (run.config, run.tuner):
         for f in dataclasses.fields(part):
@@ -793,6 +535,3 @@ def base_choice(text: str, own: str) -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not Path(text).exists():
         return text
     raise StudioError(f"{text[:80]!r} cannot be trained on from here; expected {own}, tiny-sd or a hub id (owner/name)")
-
-
-_ = bases

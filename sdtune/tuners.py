@@ -1,15 +1,18 @@
 """The tuners: small trainable modules that run in parallel with a frozen operation, x' = OP(x) + tuner(x).
 
 Res-Attn is from Mao & Jiang, "Res-Attn: An Enhanced Res-Tuning Approach with Lightweight Attention
-Mechanism" (arXiv 2312.16916); the parallel form is Res-Tuning's (arXiv 2310.19859). A tuner maps
-(B, N, dim) to (B, N, dim) and starts at exactly zero, so a fresh one changes nothing. This file knows
-tensors only; where a tuner hangs on a model is `attach`'s business.
+Mechanism" (arXiv 2312.16916); the parallel form, Res-Adapter, Res-Prefix and Res-Prompt are Res-Tuning's
+(arXiv 2310.19859). A tuner is called as `tuner(x, beside)`, maps (B, N, dim) to (B, N, dim) and starts at
+exactly zero, so a fresh one changes nothing. This file knows tensors only; where a tuner hangs on a model is
+`attach`'s business.
 
-Adding a tuner: write its module here with a zero-initialised way out, and enter it in `KINDS`.
+Adding a tuner: write its module here with a zero-initialised way out, and enter it in `KINDS`. The arguments
+of its `__init__` are fields of `TunerConfig` or of `Widths`, by name.
 """
 
+import inspect
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,46 @@ from torch import nn
 _HEAD_DIM = {"cpu": 16, "cuda": 8}
 
 
-class ResAttn(nn.Module):
+@dataclass(frozen=True)
+class Beside:
+    """What a tuner may use of the frozen model around it.
+
+    Not a tuple, and without a `to`: offloading hooks would move what is inside.
+
+    Attributes:
+        attn: the frozen attention: of the tuner's own operation, or the same block's attn1 beside ff and block.
+        text: (B, L, text width), where the operation is given it: attn2 and block.
+    """
+
+    attn: nn.Module | None = None
+    text: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths that a tuner's shapes depend on.
+
+    Attributes:
+        dim: of the operation's tokens.
+        inner_dim: of all heads of `Beside.attn` together.
+        context_dim: of what `Beside.attn` makes its keys and values from.
+        text_dim: of `Beside.text`, or of the operation's tokens where there is none.
+    """
+
+    dim: int
+    inner_dim: int
+    context_dim: int
+    text_dim: int
+
+
+class Tuner(nn.Module):
+    """A tuner: `tuner(x, beside)` maps (B, N, dim) to (B, N, dim), zero at first."""
+
+    per_token = False  # whether a token's result depends on that token alone, so that x may come in pieces
+    calls_base = False  # whether it calls `beside.attn`: it then gets x in the base's dtype, and the whole batch
+
+
+class ResAttn(Tuner):
     """Self-attention with low-rank projections (arXiv 2312.16916, Algorithm 1).
 
     One linear `qkv` (dim -> 3 * rank * num_heads), softmax attention with heads of width `rank` and
@@ -61,23 +103,182 @@ class ResAttn(nn.Module):
         nn.init.zeros_(self.o.weight)
         nn.init.zeros_(self.o.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, beside: Beside | None = None) -> torch.Tensor:
         """x: (B, N, dim) -> (B, N, dim), to be added to the operation's own result."""
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.rank)
-        width = _HEAD_DIM.get(x.device.type, self.rank)
-        if self.rank % width:
-            qkv = F.pad(qkv, (0, -self.rank % width))
+        qkv = _widened(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.rank))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj_drop(self.o(self._attend(q, k, v)))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q: (B, num_heads, N, widened rank), k and v with their own N -> (B, N, num_heads * rank)."""
         dropout = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        x = x[..., : self.rank].transpose(1, 2).reshape(batch, tokens, self.num_heads * self.rank)
-        return self.proj_drop(self.o(x))
+        return x[..., : self.rank].transpose(1, 2).flatten(2)
 
 
-KINDS = {"res_attn": ResAttn}
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """The last dimension padded with zeros for the attention kernels of x's device."""
+    missing = -x.shape[-1] % _HEAD_DIM.get(x.device.type, 1)
+    return F.pad(x, (0, missing)) if missing else x
+
+
+class ResAttnText(ResAttn):
+    """Res-Attn whose keys and values come from the text where its operation is given one: beside attn2 and block.
+
+    Our extension: Algorithm 1 takes x alone. Elsewhere it is Res-Attn with `qkv` in two parts. All of the text's
+    tokens are attended to, its padding too, as SD's own attn2 does. Parameters: rank * num_heads * (2 * dim +
+    2 * text_dim) + dim.
+
+    Args:
+        text_dim: width of the text's tokens; that of x where the operation gets no text.
+        dim, rank, num_heads, qkv_bias, attn_drop, proj_drop: as in `ResAttn`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        text_dim: int,
+        rank: int = 4,
+        num_heads: int = 4,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__(dim, rank, num_heads, qkv_bias, attn_drop, proj_drop)
+        del self.qkv
+        self.q = nn.Linear(dim, rank * num_heads, bias=qkv_bias)
+        self.kv = nn.Linear(text_dim, 2 * rank * num_heads, bias=qkv_bias)
+        for projection in (self.q, self.kv):
+            nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
+            if qkv_bias:
+                nn.init.zeros_(projection.bias)
+
+    def forward(self, x: torch.Tensor, beside: Beside | None = None) -> torch.Tensor:
+        """x: (B, N, dim), beside.text: (B, L, text_dim) or None -> (B, N, dim)."""
+        text = x if beside is None or beside.text is None else beside.text.to(x.dtype)
+        q = self.q(x).unflatten(2, (self.num_heads, self.rank))
+        k, v = self.kv(text).unflatten(2, (2, self.num_heads, self.rank)).unbind(2)
+        q, k, v = (_widened(t).transpose(1, 2) for t in (q, k, v))
+        return self.proj_drop(self.o(self._attend(q, k, v)))
+
+
+class ResAdapter(Tuner):
+    """act(x W_down) W_up: a bottleneck of width `length`, with biases and GELU (arXiv 2310.19859, Res-Adapter).
+
+    In the parallel form there is no inner shortcut. `down` starts as PyTorch's linear layers do, `up` at zero.
+    Parameters: 2 * dim * length + length + dim.
+
+    Args:
+        dim: width of the tokens.
+        length: width of the bottleneck.
+        proj_drop: dropout on the result while training, 0 to 1.
+    """
+
+    per_token = True
+
+    def __init__(self, dim: int, length: int = 10, proj_drop: float = 0.0):
+        super().__init__()
+        self.down = nn.Linear(dim, length)
+        self.up = nn.Linear(length, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: torch.Tensor, beside: Beside | None = None) -> torch.Tensor:
+        """x: (B, N, dim) -> (B, N, dim)."""
+        return self.proj_drop(self.up(F.gelu(self.down(x))))
+
+
+class _Prefix(Tuner):
+    """What Res-Prefix and Res-Prompt share: the frozen attention's query and way out.
+
+    Its layers are called, never read, so that a LoRA on them, offloading and casting act as in the attention itself.
+    """
+
+    per_token = calls_base = True
+
+    def __init__(self, proj_drop: float):
+        super().__init__()
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _attend(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn: nn.Module) -> torch.Tensor:
+        """x: (B, N, dim), k and v: (B, length, inner_dim) -> Attn(x W_q, k, v) W_o, (B, N, dim)."""
+        q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (attn.to_q(x), k, v))
+        x = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype)).transpose(1, 2).flatten(2)
+        out = attn.to_out[0]
+        return self.proj_drop(out(x) - out(torch.zeros_like(x[:, :1])))  # OP(x) holds the bias of W_o already
+
+
+class ResPrefix(_Prefix):
+    """Attn(x W_q, K_pre, V_pre) W_o: the frozen query meets trainable keys and values (arXiv 2310.19859, Res-Prefix).
+
+    It comes from Attn(Q, [K_pre; K], [V_pre; V]) = (1 - λ) Attn(Q, K, V) + λ Attn(Q, K_pre, V_pre), with λ dropped
+    for the plain sum. Our reading: the frozen W_o applies to the result, its bias counts once; beside ff and block
+    it is the same block's attn1 whose W_q and W_o are used. `k_pre` starts as N(0, 1), `v_pre` at zero.
+    Parameters: 2 * length * inner_dim.
+
+    Args:
+        inner_dim: width of all heads of the frozen attention together.
+        length: number of keys, and of values.
+        proj_drop: dropout on the result while training, 0 to 1.
+    """
+
+    def __init__(self, inner_dim: int, length: int = 10, proj_drop: float = 0.0):
+        super().__init__(proj_drop)
+        self.k_pre = nn.Parameter(torch.empty(length, inner_dim))
+        self.v_pre = nn.Parameter(torch.zeros(length, inner_dim))
+        nn.init.normal_(self.k_pre)
+
+    def forward(self, x: torch.Tensor, beside: Beside) -> torch.Tensor:
+        """x: (B, N, dim) -> (B, N, dim)."""
+        return self._attend(x, self.k_pre.expand(len(x), -1, -1), self.v_pre.expand(len(x), -1, -1), beside.attn)
+
+
+class ResPrompt(_Prefix):
+    """gate * Attn(x W_q, P W_k, P W_v) W_o: as Res-Prefix, with a trainable prompt P that goes through the frozen
+    W_k and W_v (arXiv 2310.19859, Res-Prompt).
+
+    Our reading: beside attn2, P is as wide as the text, since W_k and W_v take that there. P must differ from row
+    to row for its rows to learn different things, so it cannot start at zero as `v_pre` does: `prompt` starts as
+    N(0, 1), like a token after the norm, and `gate`, one factor per channel, at zero.
+    Parameters: length * context_dim + dim.
+
+    Args:
+        dim: width of the tokens.
+        context_dim: width of what the frozen attention makes keys and values from.
+        length: number of tokens of the prompt.
+        proj_drop: dropout on the result while training, 0 to 1.
+    """
+
+    def __init__(self, dim: int, context_dim: int, length: int = 10, proj_drop: float = 0.0):
+        super().__init__(proj_drop)
+        self.prompt = nn.Parameter(torch.empty(length, context_dim))
+        self.gate = nn.Parameter(torch.zeros(dim))
+        nn.init.normal_(self.prompt)
+
+    def forward(self, x: torch.Tensor, beside: Beside) -> torch.Tensor:
+        """x: (B, N, dim) -> (B, N, dim)."""
+        attn, prompt = beside.attn, self.prompt.to(x.dtype).expand(len(x), -1, -1)
+        return self.gate.to(x.dtype) * self._attend(x, attn.to_k(prompt), attn.to_v(prompt), attn)
+
+
+KINDS = {
+    "res_attn": ResAttn,
+    "res_attn_text": ResAttnText,
+    "res_adapter": ResAdapter,
+    "res_prefix": ResPrefix,
+    "res_prompt": ResPrompt,
+}
 BASELINES = ("lora", "dora")  # what tuners are compared with: `baselines` handles these kinds
 OPS = ("attn1", "attn2", "ff", "block")
+
+
+def fields_of(kind: str) -> list[str]:
+    """The fields of `TunerConfig` that make a difference to tuners of this kind, beside `kind` and `ops`."""
+    if kind in BASELINES:
+        return ["rank"]
+    return [n for n in inspect.signature(KINDS[kind]).parameters if n in TunerConfig.__dataclass_fields__]
 
 
 @dataclass(frozen=True)
@@ -89,15 +290,21 @@ class TunerConfig:
     """
 
     kind: str = field(default="res_attn", metadata={"help": f"the tuner: {', '.join((*KINDS, *BASELINES))}"})
-    rank: int = field(default=4, metadata={"help": "width of one attention head of the tuner"})
-    num_heads: int = field(default=4, metadata={"help": "number of heads of the tuner"})
+    rank: int = field(default=4, metadata={"help": "width of one attention head of Res-Attn; of a LoRA: its rank"})
+    num_heads: int = field(default=4, metadata={"help": "number of heads of Res-Attn"})
     ops: list[str] = field(
         default_factory=lambda: ["attn1", "attn2", "ff"],
         metadata={"help": f"the frozen operations that get a tuner beside them, any of: {' '.join(OPS)}"},
     )
-    qkv_bias: bool = field(default=False, metadata={"help": "give the tuner's qkv projection a bias"})
-    attn_drop: float = field(default=0.0, metadata={"help": "dropout on the tuner's attention weights"})
+    qkv_bias: bool = field(default=False, metadata={"help": "give Res-Attn's qkv projection a bias"})
+    attn_drop: float = field(default=0.0, metadata={"help": "dropout on Res-Attn's attention weights"})
     proj_drop: float = field(default=0.0, metadata={"help": "dropout on the tuner's result"})
+    length: int = field(
+        default=10, metadata={"help": "tokens of Res-Prefix and Res-Prompt; width of Res-Adapter's bottleneck"}
+    )
+    ffn_kind: str | None = field(
+        default=None, metadata={"help": "another kind of tuner beside ff (dual tuning); default: the same as elsewhere"}
+    )
 
     def __post_init__(self):
         ops = [self.ops] if isinstance(self.ops, str) else self.ops
@@ -105,7 +312,7 @@ class TunerConfig:
         wrong = []
         if self.kind not in [*KINDS, *BASELINES]:
             wrong.append(f"kind is {self.kind!r}; possible: {', '.join((*KINDS, *BASELINES))}")
-        for name in ("rank", "num_heads"):
+        for name in ("rank", "num_heads", "length"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
                 wrong.append(f"{name} is {value!r}; it must be a whole number from 1 to 1024")
@@ -114,6 +321,13 @@ class TunerConfig:
             wrong.append(f"ops is {self.ops!r}; it must name one or more of {', '.join(OPS)}, each once")
         elif self.kind in list(BASELINES) and "block" in self.ops:
             wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2 and ff, not on the whole block")
+        if self.ffn_kind is not None:
+            if self.ffn_kind not in list(KINDS):
+                wrong.append(f"ffn_kind is {self.ffn_kind!r}; possible: {', '.join(KINDS)}")
+            elif self.kind in list(BASELINES):
+                wrong.append(f"ffn_kind is {self.ffn_kind!r}; beside a {self.kind} there can be no other kind")
+            elif known and "ff" not in self.ops:
+                wrong.append(f"ffn_kind is {self.ffn_kind!r}, but ops is {self.ops!r}, without ff")
         if not isinstance(self.qkv_bias, bool):
             wrong.append(f"qkv_bias is {self.qkv_bias!r}; it must be true or false")
         for name in ("attn_drop", "proj_drop"):
@@ -124,8 +338,8 @@ class TunerConfig:
             raise ValueError("this tuner configuration cannot be used: " + "; ".join(wrong))
 
 
-def build(config: TunerConfig, dim: int) -> nn.Module:
-    """A fresh tuner of the configured kind for tokens of width `dim`."""
-    return KINDS[config.kind](
-        dim, config.rank, config.num_heads, config.qkv_bias, config.attn_drop, config.proj_drop
-    )  # fmt: skip
+def build(config: TunerConfig, op: str, widths: Widths) -> Tuner:
+    """A fresh tuner of the kind that the configuration wants beside `op`."""
+    kind = KINDS[config.ffn_kind if op == "ff" and config.ffn_kind else config.kind]
+    offered = asdict(config) | asdict(widths)
+    return kind(**{name: offered[name] for name in inspect.signature(kind).parameters})

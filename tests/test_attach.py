@@ -6,7 +6,7 @@ import pickle
 import accelerate
 import pytest
 import torch
-from conftest import stir
+from conftest import picture, stir
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from peft import LoraConfig
@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import sdtune
 from sdtune import attach
+from sdtune.tuners import KINDS, OPS
 
 ALL = ["attn1", "attn2", "ff"]
 
@@ -239,6 +240,8 @@ def mixed(unet):
     sdtune.add_tuner(unet, adapter_name="one")
     stir(unet, "two", 1)
     stir(unet, "one", 2)
+    unet.set_adapters(["lora", "two"], [0.7, 0.2])
+    unet.set_adapters("one")
     return unet.eval()
 
 
@@ -252,8 +255,8 @@ def adapter_state(unet):
 
 def batch(copies, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    x, text = torch.randn(4 * copies, 4, 8, 8, generator=generator), torch.randn(4 * copies, 9, 192, generator=generator)
-    return x.to(dtype), torch.tensor([9]), text.to(dtype)
+    x, text = (torch.randn(4 * copies, *shape, generator=generator).to(dtype) for shape in ((4, 8, 8), (9, 192)))
+    return x, torch.tensor([9]), text
 
 
 def one_by_one(unet, inputs, **kwargs):
@@ -324,9 +327,9 @@ def test_weights_per_sample_are_undone_after_an_error_also_one_within_a_layer(mi
     mixed.set_adapters(["one", "lora"], [0.5, 0.25])
     mixed.disable_adapters()
     before = adapter_state(mixed)
-    with pytest.raises(ValueError, match="a batch of 4 samples cannot hold 3 cells"):
-        with attach.per_sample_weights(mixed, {n: w[:3] for n, w in CELLS.items()}), torch.no_grad():
-            mixed(*batch(1))
+    three = {n: w[:3] for n, w in CELLS.items()}
+    with pytest.raises(ValueError, match="a batch of 4 samples"), attach.per_sample_weights(mixed, three):
+        mixed(*batch(1))
     assert adapter_state(mixed) == before
     layer = mixed.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
     with attach.per_sample_weights(mixed, CELLS), torch.no_grad():
@@ -352,3 +355,185 @@ def test_what_cannot_have_a_weight_per_sample_is_told_and_nothing_changes(mixed)
     assert adapter_state(mixed) == before
     mixed.fuse_lora(adapter_names=["lora"])
     assert not attach.can_share_a_pass(mixed, ["lora"])
+
+
+# --- the zoo ---
+
+
+def shake(unet, name, seed=0, size=0.05):
+    """Moves every weight of a fresh tuner of any kind, so that it shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in attach.parameters_of(unet, name).values():
+        p.data += size * torch.randn(p.shape, generator=generator).to(p)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_beside_each_operation_starts_at_zero_and_adds_only_its_own_weights(unet, kind, op, tmp_path):
+    before, tensors = predict(unet), dict(unet.state_dict(keep_vars=True))
+    config = sdtune.TunerConfig(kind, ops=[op])
+    sdtune.add_tuner(unet, config, "new")
+    assert torch.equal(predict(unet), before)
+    own = {k: p for k, p in unet.state_dict(keep_vars=True).items() if k not in tensors}
+    assert all(unet.state_dict(keep_vars=True)[k] is t for k, t in tensors.items())
+    assert {k.replace(".res_tuner.tuners.new", "") for k in own} == attach.parameters_of(unet, "new").keys()
+    assert {k: tuple(p.shape) for k, p in attach.parameters_of(unet, "new").items()} == attach.expected_shapes(
+        unet, config
+    )
+    shake(unet, "new")
+    changed = predict(unet)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    for twin in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert torch.equal(predict(twin), changed)
+        for path, block in blocks(twin).items():  # a copy's tuner uses the copy's attention
+            module = block if op == "block" else getattr(block, op)
+            assert module.res_tuner.operation.attention is twin.get_submodule(path).get_submodule(
+                "attn2" if op == "attn2" else "attn1"
+            )
+    sdtune.save_tuner(unet, tmp_path, "new", dtype=torch.float32)
+    sdtune.unload_tuner(unet, "new")
+    assert torch.equal(predict(unet), before)
+    sdtune.load_tuner(unet, tmp_path, "again")
+    assert torch.equal(predict(unet), changed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_trains_from_its_start_and_alike_with_gradient_checkpointing(unet, kind):
+    sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(OPS)), "new")
+    parameters = attach.parameters_of(unet, "new")
+    unet.requires_grad_(False).train()
+    for p in parameters.values():
+        p.requires_grad_(True)
+
+    def gradients():
+        return torch.autograd.grad(unet(*inputs()).sample.square().sum(), list(parameters.values()))
+
+    first = gradients()
+    assert any(g.any() for g in first)  # there is a way out of zero
+    for p, g in zip(parameters.values(), first):
+        p.data -= 1e-3 * g.sign()
+    plain = gradients()
+    assert all(g.any() and g.isfinite().all() for g in plain)  # and after one step nothing is dead
+    unet.enable_gradient_checkpointing()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_follows_the_dtype_and_works_in_fp32_beside_a_half_precision_base(unet, kind, dtype):
+    sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(OPS)), "new")
+    shake(unet, "new", size=0.02)
+    full = predict(unet)
+    unet.to(dtype)
+    half = predict(unet)
+    for p in attach.parameters_of(unet, "new").values():
+        p.data = p.data.float()
+    results = [half, predict(unet)]
+    with torch.autocast("cpu", dtype):
+        results.append(predict(unet))
+    for result in results:
+        assert result.dtype == dtype and (result.float() - full).norm() < 0.05 * full.norm()
+
+
+@pytest.mark.parametrize("ffn_kind", [None, *KINDS])
+def test_dual_tuning_is_any_kind_beside_attention_and_any_beside_the_feed_forward(unet, ffn_kind):
+    for kind in KINDS:
+        name = f"{kind}_and"
+        sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=["attn1", "attn2", "ff"], ffn_kind=ffn_kind), name)
+        block = blocks(unet).popitem()[1]
+        found = [type(getattr(block, op).res_tuner.tuners[name]) for op in ALL]
+        assert found == [KINDS[kind], KINDS[kind], KINDS[ffn_kind or kind]]
+        shake(unet, name)
+    unet.set_adapters(list(unet.peft_config), [0.1] * len(KINDS))  # and all mix
+    assert predict(unet).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["res_prefix", "res_prompt"])
+def test_a_tuner_that_uses_the_frozen_projections_sees_a_lora_on_them_as_the_attention_does(unet, kind):
+    """So fusing the LoRA changes nothing."""
+    sdtune.add_tuner(unet, sdtune.TunerConfig(kind), "new")
+    shake(unet, "new")
+    alone = predict(unet)
+    torch.manual_seed(0)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "lora")
+    unet.set_adapters(["new"])
+    assert torch.equal(predict(unet), alone)
+    unet.set_adapters(["new", "lora"], [1.0, 0.1])
+    mixed = predict(unet)
+    assert not torch.allclose(mixed, alone, atol=1e-2)
+    unet.fuse_lora(adapter_names=["lora"])
+    torch.testing.assert_close(predict(unet), mixed, atol=1e-3, rtol=1e-3)
+
+
+def test_each_kind_can_have_a_weight_per_sample_beside_a_lora_on_the_projections(unet):
+    torch.manual_seed(0)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=1, target_modules=targets, init_lora_weights=False), "lora")
+    weights = {"lora": [0.0, 0.5, -0.3, 0.0]}
+    for i, kind in enumerate(KINDS):
+        sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(OPS)), kind)
+        shake(unet, kind, i, 0.02)
+        weights[kind] = [1.0 * (i == 0), 1.0 * (i in (1, 3)), 0.2, 1.0 * (i == 4)]
+    x, t, text = batch(2)
+    with attach.per_sample_weights(unet, weights, repeat=2), torch.no_grad():
+        together = unet(x, t, text).sample
+    for i in range(len(x)):
+        unet.set_adapters(list(weights), [w[i % 4] for w in weights.values()])
+        with torch.no_grad():
+            alone = unet(x[i : i + 1], t, text[i : i + 1]).sample
+        torch.testing.assert_close(together[i : i + 1], alone, atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_the_feed_forward_give_the_same_or_are_refused(unet, kind):
+    sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=["ff"]), "new")
+    shake(unet, "new")
+    x, t, text = batch(1)
+    with torch.no_grad():
+        whole = unet(x, t, text).sample
+        for dim in (0, 1):
+            for block in blocks(unet).values():
+                block.set_chunk_feed_forward(1, dim=dim)
+            assert not attach.can_share_a_pass(unet, ["new"])
+            with pytest.raises(ValueError, match="in chunks"), attach.per_sample_weights(unet, {"new": [1.0]}):
+                pass
+            if dim == 1 and kind.startswith("res_attn"):
+                with pytest.raises(ValueError, match="the tuner 'new' attends to all tokens"):
+                    unet(x, t, text)
+            else:
+                torch.testing.assert_close(unet(x, t, text).sample, whole, atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["enable_sequential_cpu_offload", "group"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_survives_offloading(pipe, kind, how, monkeypatch):
+    """On the CPU only, where accelerate's sequential hooks leave weights on "meta" in between."""
+    real = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda m, d, **kwargs: real(m, torch.device(d.type), **kwargs))
+    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind, ops=list(OPS)), "new")
+    shake(pipe.unet, "new", size=0.02)
+    before = picture(pipe)
+    if how == "group":
+        pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    else:
+        getattr(pipe, how)(device="cpu")
+        assert all(p.is_meta for p in attach.parameters_of(pipe.unet, "new").values())
+    assert torch.equal(picture(pipe), before)
+
+
+def test_the_text_is_what_the_cross_attention_gets(unet):
+    """Also under gradient checkpointing, which passes it by position, and with an IP-Adapter's pictures beside it."""
+    sdtune.add_tuner(unet, sdtune.TunerConfig("res_attn_text", ops=["attn2", "block"]), "new")
+    seen = []
+    for module in unet.modules():
+        if isinstance(module, KINDS["res_attn_text"]):
+            module.register_forward_hook(lambda m, args, out: seen.append(args[1].text))
+    x, t, text = inputs()
+    unet(x, t, text)
+    unet.train().enable_gradient_checkpointing()
+    unet(x, t, text)
+    block = blocks(unet).popitem()[1]
+    tokens = torch.randn(1, 4, block.norm1.normalized_shape[0])
+    attach._add_residual(block.attn2, (tokens,), {"encoder_hidden_states": (text, [text])}, tokens)
+    assert len(seen) == 4 * 7 + 1 and all(s is text for s in seen)

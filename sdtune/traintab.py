@@ -1,0 +1,210 @@
+"""The Train tab of `app.py`: pictures and captions in, the run's curve and previews, the result to use."""
+
+import gradio as gr
+
+from . import look
+from .config import TrainConfig
+from .device import in_plain_words
+from .library import kind_name, kinds, matters, thumbnail
+from .studio import Run, command
+from .tuners import TunerConfig
+
+QUIET = dict(show_progress="hidden", api_visibility="private")
+
+
+def train_tab(page) -> tuple:
+    """Lays out the tab and connects it. `page` is the `Page` of app.py.
+
+    Returns:
+        What the page calls every second with (shown, request), the state `shown`, and the outputs of that.
+    """
+    studio, default = page.studio, TrainConfig()
+    drop, shown = gr.State(None), gr.State([])  # the dropped files; what this window shows of the training
+    with gr.Row():
+        with gr.Column(scale=6, min_width=320):
+            source = gr.Radio(
+                [("my own", "own"), ("the 30 bundled anime pairs", "bundled")], value="own", label="Pictures",
+                info="What to learn from; 5 to 50 pictures of one style or thing.", elem_id="source",
+            )  # fmt: skip
+            files = gr.File(
+                label="Drop pictures here, and captions: .txt beside each, or metadata.jsonl / .csv",
+                file_count="multiple", height=150, elem_id="pictures",
+            )  # fmt: skip
+            problems = gr.HTML(elem_id="problems")
+            pairs = gr.Column()
+            with gr.Row():
+                name = gr.Textbox("my-style", label="Name", info="Of the tuner, in the library.", elem_id="run-name")
+                kind = gr.Dropdown([(kind_name(k), k) for k in kinds()], value="res_attn", label="Tuner",
+                                   info="What is trained beside the frozen base.")  # fmt: skip
+                steps = gr.Number(default.steps, label="Steps", precision=0, minimum=1, elem_id="train-steps",
+                                  info="More learn more, and at last by heart.")  # fmt: skip
+            with gr.Accordion("More settings", open=False):
+                form = _more(studio.base, default, kind)
+            with gr.Row():
+                start = gr.Button("Train", variant="primary", elem_id="train")
+                stop = gr.Button("Stop and keep it", interactive=False, elem_id="stop-train")
+            with gr.Accordion("The same from a shell", open=False):
+                line = gr.Textbox(label="Command", lines=3, buttons=["copy"], interactive=False, elem_id="line",
+                                  info="Run it in the folder of train_anime.py, now or later.")  # fmt: skip
+                save = gr.Button("Put my pictures where this command finds them", size="sm", elem_id="save-data")
+        with gr.Column(scale=5, min_width=300):
+            status = gr.HTML(look.empty("Drop pictures, look at their captions, and train."), elem_id="train-status")
+            chart = gr.HTML(elem_id="curve")
+            preview = gr.HTML(js_on_load=look.LIGHTBOX, elem_id="preview")
+            use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
+    fields = [source, name, kind, steps, *form.values()]
+    for field in fields:  # Gradio does not see that `table` below reads them
+        field.interactive = True
+
+    def plan(drop, values) -> tuple[Run, list[str]]:
+        """The training that the form asks for, and the captions as they stand."""
+        captions, (source, name, kind, steps, *more) = values[: -len(fields)], values[-len(fields) :]
+        return studio.plan(drop, captions, source, name or "", kind, steps, dict(zip(form, more))), list(captions)
+
+    def wrong_with(drop, captions, resolution=None) -> list[str]:
+        if drop is None or not drop.pairs:
+            return [*(drop.problems if drop else []), "no pictures yet; drop some above"]
+        return studio.check(drop, captions, resolution)
+
+    def tell(drop, wrong) -> str:
+        if not wrong:
+            return look.said(f"{len(drop.pairs)} pictures, each with a caption: ready.", points=drop.notes)
+        count = "1 thing" if len(wrong) == 1 else f"{len(wrong)} things"
+        return look.said(f"{count} to put right before training:", bad=True, points=wrong)
+
+    def on_files(files):
+        if not files:
+            return None, ""
+        try:
+            drop = studio.take(files)
+        except ValueError as error:
+            return None, look.said(in_plain_words(error), bad=True)
+        return drop, tell(drop, wrong_with(drop, [caption for _, caption in drop.pairs]))
+
+    def ready(start: bool):
+        """What a click on Train does, or on the button that only keeps the pictures."""
+
+        def on_click(request: gr.Request, drop, *values):
+            try:
+                run, captions = plan(drop, values)
+                told = ""
+                if values[-len(fields)] == "own":
+                    if wrong := wrong_with(drop, captions, run.config.resolution):
+                        return tell(drop, wrong), gr.skip(), gr.skip()
+                    studio.keep(drop, captions, run)
+                    told = tell(drop, []) if start else look.said(f"The pictures are in {run.config.data}.")
+                if start:
+                    studio.train(request.session_hash, run)
+            except (ValueError, OSError) as error:
+                return look.said(in_plain_words(error), bad=True), gr.skip(), gr.skip()
+            return told, command(run), gr.Button(interactive=False) if start else gr.skip()
+
+        return on_click
+
+    def on_change(drop, *values):
+        try:
+            return command(plan(drop, values)[0])
+        except (ValueError, OSError) as error:
+            return in_plain_words(error)
+
+    with pairs:
+
+        @gr.render([drop, source], triggers=[page.blocks.load, drop.change, source.change], show_progress="hidden")
+        def table(found, source):
+            boxes = []
+            if source == "own" and found is not None and found.pairs:
+                with gr.Column(elem_classes="pairs"):
+                    for file, caption in found.pairs:
+                        with gr.Row(equal_height=True):
+                            gr.HTML(look.thumb(thumbnail(found.folder / file, 144), file), elem_classes="thumb")
+                            boxes.append(gr.Textbox(caption, label=f"Caption of {file[:80]}", lines=2, scale=1,
+                                                    placeholder="what this picture shows"))  # fmt: skip
+            everything = [drop, *boxes, *fields]
+            start.click(ready(True), everything, [problems, line, start], **QUIET)
+            save.click(ready(False), everything, [problems, line, start], **QUIET)
+            gr.on([f.change for f in fields if hasattr(f, "change")], on_change, everything, line,
+                  trigger_mode="always_last", **QUIET)  # fmt: skip
+            for box in boxes:
+                box.blur(lambda drop, *captions: tell(drop, wrong_with(drop, captions)), [drop, *boxes], problems, **QUIET)
+
+    files.change(on_files, files, [drop, problems], **QUIET)
+    source.change(lambda s: (gr.update(visible=s == "own"), gr.update(visible=s == "own"), ""), source,
+                  [files, save, problems], **QUIET)  # fmt: skip
+
+    def on_stop(request: gr.Request):
+        job = studio.training_of(request.session_hash)
+        if job:
+            studio.device.stop(job)
+
+    stop.click(on_stop, queue=False, **QUIET)
+
+    def on_tick(shown, request: gr.Request):
+        job = studio.training_of(request.session_hash)
+        if job is None:
+            return [gr.skip()] * 7
+        pictures = job.run.previews() if job.run else []
+        new = [id(job), job.state, job.done, studio.device.ahead(job), len(pictures)]
+        if new == shown:
+            return [gr.skip()] * 7
+        old_picture = shown[:1] == new[:1] and shown[4:] == new[4:]
+        view = gr.skip() if old_picture else look.sheet([("preview", [studio.show(pictures[-1])])]) if pictures else ""
+        return [
+            new, look.training(job, job.run.name, studio.device.ahead(job)), look.curve(job.losses, job.total), view,
+            gr.Button(interactive=job.over), gr.Button(interactive=not job.over),
+            gr.Button(visible=job.over and job.result is not None and studio.label_of(job) is not None),
+        ]  # fmt: skip
+
+    def on_use(layout, request: gr.Request):
+        job = studio.training_of(request.session_hash)
+        label = studio.label_of(job) if job else None
+        if label is None:
+            return [gr.skip()] * 4
+        return [[{}, {label: 1.0}], layout + 1, gr.Tabs(selected="generate"), studio.first_prompt(job) or gr.skip()]
+
+    use.click(on_use, page.layout, [page.columns, page.layout, page.tabs, page.prompt], **QUIET)
+    return on_tick, shown, [shown, status, chart, preview, start, stop, use]
+
+
+def _more(base: str, default: TrainConfig, kind) -> dict:
+    """The folded fields of the training form, by the name that they have in the configurations."""
+    tuner, form = TunerConfig(), {}
+    with gr.Row():
+        form["base"] = gr.Dropdown(
+            list(dict.fromkeys([base, "tiny-sd"])), value=base, allow_custom_value=True, label="Base",
+            info="The frozen model: one of these, or a hub id (owner/name).",
+        )  # fmt: skip
+        form["trigger_words"] = gr.Textbox(
+            label="Trigger words", info="Put before every caption; type them to call the style."
+        )
+    with gr.Row():
+        form["rank"] = gr.Number(tuner.rank, label="Rank", precision=0, minimum=1, info="Width of the tuner.")
+        form["num_heads"] = gr.Number(tuner.num_heads, label="Heads", precision=0, minimum=1, info="Of its attention.")
+        form["length"] = gr.Number(tuner.length, label="Length", precision=0, minimum=1, visible=False,
+                                   info="Tokens of a prefix or prompt; width of an adapter.")  # fmt: skip
+        form["ops"] = gr.CheckboxGroup(
+            [("self-attention", "attn1"), ("cross-attention", "attn2"), ("feed-forward", "ff")], value=tuner.ops,
+            label="Where", info="The operations that get a tuner beside them.",
+        )  # fmt: skip
+    with gr.Row():
+        form["learning_rate"] = gr.Number(None, label="Learning rate", info="Empty: what suits the base.", minimum=0)
+        form["batch_size"] = gr.Number(
+            default.batch_size, label="Batch", precision=0, minimum=1, info="Pictures per step."
+        )
+        form["resolution"] = gr.Number(
+            None, label="Resolution", precision=0, info="Side in pixels; empty: the base's own."
+        )
+        form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="The same seed trains the same.")
+    form["flip"] = gr.Checkbox(False, label="Mirror the pictures, too", info="Not if left and right matter.")
+    with gr.Row():
+        form["preview_every"] = gr.Number(
+            100, label="Preview every", precision=0, minimum=0, info="Steps; 0 only at the end."
+        )
+        form["checkpoint_every"] = gr.Number(default.checkpoint_every, label="Checkpoint every", precision=0, minimum=1,
+                                             info="Steps; Compare can set them side by side.")  # fmt: skip
+    form["preview_prompts"] = gr.Textbox(
+        label="Preview prompts", lines=2, info="One on each line; empty: the first captions."
+    )
+    sizes = ("rank", "num_heads", "length")
+    shown = [form[n] for n in sizes]
+    kind.change(lambda k: [gr.update(visible=matters(k, n)) for n in sizes], kind, shown, **QUIET)
+    return form

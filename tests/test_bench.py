@@ -1,0 +1,64 @@
+"""That the benchmark runs and reports; how fast anything is depends on the machine and is tested nowhere."""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+
+from sdtune import bench
+
+
+def job(tmp_path, **changes):
+    data = str(bench.ROOT / "assets/anime")
+    plain = bench.Job("train", bench.RES_ATTN, "tiny-sd", data, str(tmp_path), 64, 1, "no", repeat=1, draw_steps=1)
+    return bench.replace(plain, **changes)
+
+
+def test_a_quick_run_prints_its_tables_and_writes_all_numbers(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    assert bench.main(["train", "draw", "--quick", "--json", str(file)]) == 0
+    printed, report = capsys.readouterr().out, json.loads(file.read_text())
+    for part, names in bench.CONTESTANTS.items():
+        rows = {row["who"]: row for row in report[part]}
+        assert rows.keys() == names.keys() and all(row["s/image"] > 0 for row in rows.values())
+        assert all(f"| {label} |" in printed for label in names.values())
+    assert report["train"][-1]["x floor"] == report["draw"][0]["x base"] == 1
+    answers = {row["target"]: row["answer"] for row in report["targets"]}
+    assert answers["training step, batch 1: x floor's time"] in ("met", "NOT met")
+    assert answers["import sdtune: s beyond importing torch"] == "not measured"
+    assert report["machine"]["threads"] >= 1 and f"torch {report['machine']['torch']}" in printed
+
+
+def test_a_contestant_alone_in_a_process_tells_its_start_up_and_its_memory(tmp_path):
+    found = bench.alone(job(tmp_path))
+    assert found["peak"] >= found["loaded"] > 0 and found["whole"] >= found["peak"] and len(found["seconds"]) == 1
+    assert all(found[name] > 0 for name in bench.ONCE) and sum(found[name] for name in bench.ONCE) < found["ready"]
+
+
+@pytest.mark.parametrize("who", [bench.REFERENCE, bench.RES_ATTN])
+def test_a_whole_run_of_each_trainer_saves_what_it_learned(tmp_path, who):
+    spec = {"job": asdict(job(tmp_path, part="finish", who=who)), "result": str(tmp_path / "x.json")}
+    bench.child({**spec, "started": time.time()})
+    assert json.loads((tmp_path / "x.json").read_text())["total"] > 0
+    assert list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_contestant_that_fails_is_told_of_and_does_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    assert "error" in bench.alone(job(tmp_path))
+
+
+def test_a_target_is_met_or_not_or_not_measured():
+    rows = [{"batch": 1, "who": bench.RES_ATTN, "speed x reference": 2.5, "x floor": 1.2}]
+    answers = {row["target"]: row["answer"] for row in bench.judge({"train": rows}, cuda=True)}
+    assert answers["training step, batch 1: x reference's speed"] == "met"
+    assert answers["training step, batch 1: x floor's time"] == "NOT met"
+    assert answers["fp16, batch 1, checkpointing: MB"] == "not measured"
+
+
+def test_an_unknown_part_is_refused_with_those_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["speed"])
+    assert "no part named speed; possible: train, draw" in capsys.readouterr().err
