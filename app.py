@@ -388,7 +388,7 @@ class Page:
         with gr.Row(equal_height=True):
             hub = gr.Textbox(label="From the hub", placeholder="owner/name", scale=3, min_width=200, elem_id="hub",
                              info="A repository with a tuner or LoRA; Enter fetches it.")  # fmt: skip
-            file = gr.File(label="Add a .safetensors file: drop it here", file_types=[".safetensors"], height=104, scale=4,
+            file = gr.File(label="Drop a .safetensors file to add it", file_types=[".safetensors"], height=104, scale=4,
                            min_width=220, elem_id="add-file")  # fmt: skip
             refresh = gr.Button("Look again", scale=1, min_width=110, elem_id="refresh")
         status = gr.HTML(elem_id="library-status")

@@ -415,9 +415,9 @@ def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, active, disabled, scales in before:
+        for layer, active, disabled, kept in before:
             layer._active_adapter, layer._disable_adapters = active, disabled
-            scales(layer).update(scales)
+            scales(layer).update(kept)
 
 
 def scales(layer: BaseTunerLayer) -> dict[str, float]:

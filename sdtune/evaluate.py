@@ -133,6 +133,7 @@ class Task:
     folder: Path  # of this task's results
     train: list[data.Pair]
     test: list[data.Pair]
+    encoded: data.Encoded | None = None  # the held-out ones, once they are
 
     @property
     def part(self) -> list[data.Pair]:
@@ -201,8 +202,9 @@ class Settings:
 class Evaluation:
     """The base, the tasks and the methods of one evaluation, and what is done with them, in order of doing."""
 
-    def __init__(self, settings: Settings, rank: int = 0, world: int = 1):
-        self.settings, self.rank, self.world, self.output = settings, rank, world, Path(settings.output)
+    def __init__(self, settings: Settings, rank: int = 0, world: int = 1, precision: str | None = None):
+        self.settings, self.output = settings, Path(settings.output)
+        self.rank, self.world, self.precision = rank, world, precision
         self.device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
         measures.feature_network(self.device)  # tells at once if its packages are missing
         self.resolution = bases.native_resolution(settings.base)
@@ -215,7 +217,6 @@ class Evaluation:
         self.outside_prompts = OUTSIDE["small" if small else "large"][: settings.prompts]
         self.methods = self._choose(settings.methods)
         self.reference = next(iter(self.methods))
-        self.precision = os.environ.pop("SDTUNE_PRECISION", None)
         self._keep_apart()
 
     def _choose(self, names: list[str]) -> dict[str, TunerConfig]:
@@ -264,9 +265,8 @@ class Evaluation:
             self.unit(task, name)
         if self.rank == 0:
             waiting = [task.folder / name / "done.json" for task, name in units]
-            while missing := [path for path in waiting if _read(path).get("asked") != self.asked]:
-                self._say(f"waiting for other processes: {len(missing)} of {len(waiting)} are not done")
-                time.sleep(10)
+            while any(_read(path).get("asked") != self.asked for path in waiting):
+                time.sleep(2)  # other processes are still at it
             Report(self).write()
 
     def _say(self, text: str) -> None:
@@ -289,7 +289,7 @@ class Evaluation:
                 found["runs"][label] = [self.train(task, label, self.methods[name], found["rate"], seed)
                                         for seed in range(self.settings.seeds)]  # fmt: skip
                 for seed, run in enumerate(found["runs"][label]):
-                    file = Path(self._folder(task, label, found["rate"], seed)) / store.FILE_NAME
+                    file = Path(self.folder(task, label, found["rate"], seed)) / store.FILE_NAME
                     if file.exists() and not run["failed"]:
                         self.measure(task, file.parent, file, seed)
         _write(task.folder / name / "done.json", json.dumps(found, indent=1))
@@ -312,17 +312,16 @@ class Evaluation:
         rate = best if math.isfinite(errors[best]) else None
         return {"rate": rate, "rates": {f"{r:g}": run for r, run in runs.items()}}
 
-    def _folder(self, task: Task, label: str, rate: float, seed: int | None) -> Path:
+    def folder(self, task: Task, label: str, rate: float, seed: int | None) -> Path:
         return task.folder / label / (f"validation-rate-{rate:g}" if seed is None else f"seed-{seed}-rate-{rate:g}")
 
     def train(self, task: Task, label: str, config: TunerConfig, rate: float, seed: int | None) -> dict:
         """One run of the trainer, or what it left when it was finished before; without a seed, a validation run.
 
         Returns:
-            `failed` (why, if its loss was not finite), `losses`, `step_seconds` (median), `peak_memory` and
-            `file_bytes`; of a validation run `validation`: step -> denoising error of each validation pair.
+            `failed` (why, if its loss was not finite), `step_seconds` (median), `peak_memory` and `file_bytes`; of a validation run `validation`: step -> denoising error of each validation pair.
         """
-        folder, pairs = self._folder(task, label, rate, seed), task.train if seed is not None else task.part
+        folder, pairs = self.folder(task, label, rate, seed), task.train if seed is not None else task.part
         if (folder / "run.json").exists():
             return _read(folder / "run.json")
         captions = [p.caption for p in pairs]
@@ -347,7 +346,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(folder / "log.txt", "a") as log, redirect_stdout(log):
-                run["losses"] = fit(settings, config, on_step).losses
+                fit(settings, config, on_step)
         except Stopped:
             raise
         except (TrainError, ValueError) as error:
@@ -360,7 +359,7 @@ class Evaluation:
         if (folder / store.FILE_NAME).exists():
             run["file_bytes"] = (folder / store.FILE_NAME).stat().st_size
         if seed is None and not run["failed"]:
-            encoded, run["validation"] = self._encode(task.validation), {}
+            encoded, run["validation"] = self.encode(task.validation), {}
             for checkpoint in [None, *sorted((folder / "checkpoints").glob("step-*"))]:
                 with self._tuned(checkpoint):
                     errors = denoising_errors(self.pipe, encoded, noises=4)
@@ -381,15 +380,22 @@ class Evaluation:
         finally:
             pipeline.unload_tuner(self.pipe, name)
 
-    def _encode(self, pairs: list[data.Pair]) -> data.Encoded:
+    def encode(self, pairs: list[data.Pair]) -> data.Encoded:
         pipe = self.pipe
         encoded = data.encode(pairs, pipe.vae, pipe.tokenizer, pipe.text_encoder, self.resolution)
         return encoded.to(self.device, torch.float32)
 
-    def _heldout(self, task: Task) -> data.Encoded:
-        if not hasattr(task, "encoded"):
-            task.encoded = self._encode(task.test)
+    def encoded(self, task: Task) -> data.Encoded:
+        """The held-out pairs of a task, encoded once."""
+        task.encoded = task.encoded or self.encode(task.test)
         return task.encoded
+
+    @torch.no_grad()
+    def decode(self, encoded: data.Encoded) -> list[Image.Image]:
+        """The pictures as the VAE gives them back."""
+        vae, latents = self.pipe.vae, encoded.mean[:, 0] / self.pipe.vae.config.scaling_factor
+        decoded = torch.cat([vae.decode(part).sample.cpu() for part in latents.split(16)])
+        return self.pipe.image_processor.postprocess(decoded, output_type="pil")
 
     def _draw(self, prompts: list[str], first_seed: int, adapters: dict) -> list[Image.Image]:
         """Prompt i from the noise of first_seed + i."""
@@ -406,7 +412,7 @@ class Evaluation:
         """The base's own pictures of the prompts outside: encoded, and their features and the base's errors on them."""
         images = self._draw(self.outside_prompts, 0, {})
         pairs = [data.Pair(p, p, lambda image=image: image) for p, image in zip(self.outside_prompts, images)]
-        encoded = self._encode(pairs)
+        encoded = self.encode(pairs)
         features = measures.features(images, self.device)
         return encoded, {"outside": features, "outside_errors": denoising_errors(self.pipe, encoded)}
 
@@ -424,7 +430,7 @@ class Evaluation:
             seconds = (time.perf_counter() - start) / len(prompts)
             others = self._draw(self.outside_prompts, 0, adapters)
             found = {
-                "errors": denoising_errors(self.pipe, self._heldout(task)),
+                "errors": denoising_errors(self.pipe, self.encoded(task)),
                 "outside_errors": denoising_errors(self.pipe, outside),
             }
         found |= {"features": measures.features(drawn, device), "colours": measures.colours(drawn),
@@ -536,7 +542,7 @@ class Report:
         evaluation, seeds = self.evaluation, range(self.settings.seeds)
         rate = None if label == BASE else self._done(task, label).get("rate")
         folders = {
-            s: task.folder / BASE / f"seed-{s}" if label == BASE else evaluation._folder(task, label, rate, s)
+            s: task.folder / BASE / f"seed-{s}" if label == BASE else evaluation.folder(task, label, rate, s)
             for s in (seeds if rate or label == BASE else [])
         }
         return {s: f for s, f in folders.items() if (f / "measured.safetensors").exists()}
@@ -546,10 +552,14 @@ class Report:
 
     def _rows(self, task: Task) -> list[Row]:
         evaluation, device = self.evaluation, self.evaluation.device
-        pipe, side = evaluation.pipe, evaluation.resolution
-        test, train = ([data.to_square(p.open(), side) for p in pairs] for pairs in (task.test, task.train))
-        true = {"features": measures.features(test, device), "colours": measures.colours(test),
-                "train": measures.features(train, device), **evaluation.outside[1]}  # fmt: skip
+        test, train = ([data.to_square(p.open(), evaluation.resolution) for p in ps] for ps in (task.test, task.train))
+        decoded = evaluation.decode(evaluation.encoded(task))
+        decoded_train = evaluation.decode(evaluation.encode(task.train))
+        true = {
+            "features": measures.features(test, device), "colours": measures.colours(test),
+            "decoded": measures.features(decoded, device), "decoded_train": measures.features(decoded_train, device),
+            **evaluation.outside[1],
+        }  # fmt: skip
         rows = []
         for label in (BASE, SHUFFLED, *evaluation.methods):
             folders = self._seed_folders(task, label)
@@ -559,18 +569,13 @@ class Report:
             cost = {"drawing_seconds": statistics.median(d["seconds"].item() for d in drawn.values())} if drawn else {}
             rows.append(Row(label, by_measure, cost | (self._cost(task, label) if label != BASE else {})))
 
-        with torch.no_grad():
-            latents = evaluation._heldout(task).mean[:, 0] / pipe.vae.config.scaling_factor
-            decoded = torch.cat([pipe.vae.decode(part).sample.cpu() for part in latents.split(16)])
-        again = pipe.image_processor.postprocess(decoded, output_type="pil")
-        drawn = {"features": measures.features(again, device), "colours": measures.colours(again)}
-        through = measures.all_of(drawn, true)
-        rows.append(Row("true, through the VAE", {key: {0: s} for key, s in through.items()}))
-        itself = measures.all_of(true, true)
-        mean_colours = true["colours"].mean(0).expand(len(train), -1, -1)
-        itself["kid"] = measures.kid(true["train"], true["features"], paired=False)
+        through = {"features": true["decoded"], "colours": measures.colours(decoded)}
+        rows.append(Row("true, through the VAE", {k: {0: s} for k, s in measures.all_of(through, true).items()}))
+        itself, mean_colours = measures.all_of(true, true), true["colours"].mean(0).expand(len(train), -1, -1)
+        itself["kid"] = measures.kid(measures.features(train, device), true["features"], paired=False)
         itself["colour"] = measures.colour_distance(measures.colours(train), mean_colours)
-        rows.append(Row("true pictures", {key: {0: s} for key, s in itself.items()}))
+        del itself["novelty"]  # compares what the VAE gives back
+        rows.append(Row("true pictures", {k: {0: s} for k, s in itself.items()}))
         return rows
 
     def _cost(self, task: Task, label: str) -> dict:
@@ -639,7 +644,10 @@ class Report:
             *(f"- **{c.title}**: {c.meaning}{('', '; more is better', '; less is better')[c.better]}" for c in COLUMNS),
             f"- **{SHUFFLED}**: {self.reference} trained with every picture's caption exchanged for another's; a floor "
             "for prompts",
-            "- **true pictures**: the ceiling; KID and colours compare the training pictures with the held-out ones",
+            "- **true pictures**: the ceiling; KID and colours compare the training pictures with the held-out ones. No "
+            "tuner can pass **true, through the VAE**, what the base's VAE gives back of the held-out pictures",
+            "- **lowest validation error**, **memorises** (by `measures.memorising`): of the run at the chosen rate that "
+            "trained without a quarter of the training pairs, on that quarter",
         ]  # fmt: skip
         for task, rows in self.rows.items():
             own = next(t for t in self.evaluation.tasks if t.name == task)
@@ -651,7 +659,7 @@ class Report:
                 ["method", *(c.title for c in COLUMNS)],
                 [[r.label, *(_shown(r.estimate(c.key), c.form) for c in COLUMNS)] for r in rows],
             )
-            others = [r for r in rows if r.label in self.evaluation.methods and r is not first]
+            others = [r for r in rows if r.label in (BASE, SHUFFLED, *self.evaluation.methods) and r is not first]
             if others:
                 lines += ["", f"Difference to {self.reference}, same prompts and seeds:", ""]
                 lines += _table(
@@ -716,7 +724,7 @@ class Report:
         return pictures.grid(rows, [*columns, "true picture"], labels, cell=128)
 
     def _curves(self, path: Path) -> None:
-        """Per task: validation error by learning rate, by step at the chosen rate, and the held-out error."""
+        """Per task: validation error by learning rate, and by step at the chosen one; held-out error, compared."""
         from matplotlib.figure import Figure  # no pyplot: no global state
 
         figure = Figure(figsize=(14, 4.2 * len(self.rows)), dpi=100, layout="constrained")
@@ -728,15 +736,17 @@ class Report:
                 by_rate.plot(list(errors), list(errors.values()), "o", **style)
                 curve = done["rates"].get(f"{done['rate']:g}", {}).get("validation", {}) if done["rate"] else {}
                 by_step.plot([int(s) for s in curve], [statistics.mean(e) for e in curve.values()], **style)
-            found = {r.label: r.estimate("error") for r in rows if r.estimate("error")}
-            for i, e in enumerate(found.values()):
+            first = next(r for r in rows if r.label == self.reference)
+            others = [r for r in rows if r.label in (SHUFFLED, *self.evaluation.methods) and r.against(first, "error")]
+            for i, e in enumerate(r.against(first, "error") for r in others):
                 heldout.plot([e.low, e.high], [i, i], color="#2f6db3")
                 heldout.plot([e.value], [i], "o", color="#2f6db3")
-            heldout.set_yticks(range(len(found)), list(found))
+            heldout.axvline(0, color="#999999", linewidth=1)
+            heldout.set_yticks(range(len(others)), [r.label for r in others])
             heldout.invert_yaxis()
             by_rate.set(xlabel="learning rate", ylabel="validation error at the end", title=task, xscale="log")
             by_step.set(xlabel="step", ylabel="validation error", title="at the chosen rate")
-            heldout.set(xlabel="held-out error, 95 % interval", title="all training pairs")
+            heldout.set(xlabel="held-out error, 95 % interval", title=f"difference to {self.reference}")
             by_rate.legend(frameon=False, fontsize=8)
             for axes in (by_rate, by_step, heldout):
                 axes.spines[["top", "right"]].set_visible(False)
@@ -785,8 +795,8 @@ def _write(path: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def _share(argv: list[str]) -> tuple[int, int]:
-    """This process's number and how many there are, taken out of the environment.
+def _share(argv: list[str]) -> tuple[int, int, str | None]:
+    """This process's number, how many there are, and --mixed_precision; all taken out of the environment.
 
     Each run of the trainer belongs to one process, so the trainer must not see the others; every process gets a GPU
     of its own. On a machine without a GPU, Accelerate (1.15) starts one process whatever --num_processes says, so
@@ -798,16 +808,15 @@ def _share(argv: list[str]) -> tuple[int, int]:
         os.execv(sys.executable, [sys.executable, *run, *argv])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
-        return 0, 1
+        return 0, 1, None
     local = int(os.environ.get("LOCAL_RANK", 0))
     visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[local % len(visible)] if visible else str(local)
-    if precision := os.environ.get("ACCELERATE_MIXED_PRECISION"):
-        os.environ["SDTUNE_PRECISION"] = precision
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     for name in list(os.environ):
         if re.match("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|MASTER_|TORCHELASTIC_|ACCELERATE_", name):
             del os.environ[name]
-    return rank, world
+    return rank, world, precision
 
 
 def _processes_asked() -> int:
@@ -850,12 +859,12 @@ def _settings(argv: list[str]) -> Settings:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = _settings(argv)
-    rank, world = _share(argv)
+    place = _share(argv)
     for logging in (transformers.utils.logging, diffusers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     try:
-        Evaluation(settings, rank, world).run()
+        Evaluation(settings, *place).run()
     except Stopped as stop:
         print(f"\n{str(stop).split('. Continue')[0]}. The same command goes on from there", file=sys.stderr)
         return 128 + stop.signum

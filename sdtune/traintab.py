@@ -125,7 +125,7 @@ def train_tab(page) -> tuple:
             gr.on([f.change for f in fields if hasattr(f, "change")], on_change, everything, line,
                   trigger_mode="always_last", **QUIET)  # fmt: skip
             for box in boxes:
-                box.blur(lambda drop, *captions: tell(drop, wrong_with(drop, captions)), [drop, *boxes], problems, **QUIET)
+                box.blur(lambda d, *captions: tell(d, wrong_with(d, captions)), [drop, *boxes], problems, **QUIET)
 
     files.change(on_files, files, [drop, problems], **QUIET)
     source.change(lambda s: (gr.update(visible=s == "own"), gr.update(visible=s == "own"), ""), source,
@@ -186,12 +186,12 @@ def _more(base: str, default: TrainConfig, kind) -> dict:
             label="Where", info="The operations that get a tuner beside them.",
         )  # fmt: skip
     with gr.Row():
-        form["learning_rate"] = gr.Number(None, label="Learning rate", info="Empty: what suits the base.", minimum=0)
+        form["learning_rate"] = gr.Number(0, label="Learning rate", info="0: what suits the base.", minimum=0)
         form["batch_size"] = gr.Number(
             default.batch_size, label="Batch", precision=0, minimum=1, info="Pictures per step."
         )
         form["resolution"] = gr.Number(
-            None, label="Resolution", precision=0, info="Side in pixels; empty: the base's own."
+            None, label="Resolution", precision=0, info="Side in pixels; 0: the base's own."
         )
         form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="The same seed trains the same.")
     form["flip"] = gr.Checkbox(False, label="Mirror the pictures, too", info="Not if left and right matter.")
