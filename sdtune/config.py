@@ -40,6 +40,9 @@ class TrainConfig:
     seed: int = _option(0, "of the tuner's start, the data order, and all noise")
     checkpoint_every: int = _option(200, "steps between checkpoints")
     preview_every: int = _option(200, "steps between previews and held-out losses; 0 is only at the end")
+    stop_when: Literal["memorising"] | None = _option(
+        None, "memorising: stop when the loss on the held-out pictures rises, and keep the tuner from before that"
+    )
     preview_prompts: list[str] = _option([], "prompts to preview; default: the first held-out captions")
     preview_steps: int = _option(30, "sampling steps of a preview")
     guidance_scale: float | None = _option(None, "guidance of a preview; default: 7.5, or 4 for a small UNet")
@@ -62,6 +65,7 @@ class TrainConfig:
         if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):
             wrong.append(f"resolution is {self.resolution}; it must be at least 64 and a multiple of 8")
         for name, choices in (("lr_scheduler", ("constant", "cosine", "linear")),
+                              ("stop_when", (None, "memorising")),
                               ("mixed_precision", (None, "no", "fp16", "bf16"))):  # fmt: skip
             if getattr(self, name) not in choices:
                 wrong.append(f"{name} is {getattr(self, name)!r}; possible: {', '.join(map(str, choices))}")

@@ -26,7 +26,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from tqdm.auto import tqdm
 
-from . import attach, bases, data, pictures, pipeline, store
+from . import attach, bases, data, measures, pictures, pipeline, store
 from .config import TrainConfig
 from .tuners import TunerConfig
 
@@ -47,7 +47,10 @@ class Stopped(TrainError):
 
 @dataclass
 class Result:
-    """Where a finished run left its files, and its losses; `main` is False in all processes but the first."""
+    """Where a finished run left its files, and its losses; `main` is False in all processes but the first.
+
+    `heldout` is the mean loss on the held-out pictures by step, `steps` the step whose tuner was kept.
+    """
 
     main: bool
     tuner: Path
@@ -56,6 +59,7 @@ class Result:
     config: Path
     losses: list[float]
     heldout: dict[int, float]
+    steps: int
 
 
 def training_loss(unet, scheduler, latents, noise, timesteps, states, min_snr_gamma: float = 0.0) -> torch.Tensor:
@@ -153,6 +157,8 @@ def fit(
                 )  # fmt: skip
             if config.preview_every and trainer.done % config.preview_every == 0 and trainer.done < config.steps:
                 trainer.preview(trainer.output / "previews" / f"step-{trainer.done:06d}.png")
+            if config.stop_when and trainer.memorises():
+                break
     return trainer.finish()
 
 
@@ -168,6 +174,11 @@ class _Trainer:
         say = self._say = lambda text: print(text, flush=True) if self.main else None
 
         pairs, heldout = data.read_splits(config.data, resolution, say)
+        if config.stop_when and not heldout:
+            raise TrainError(
+                f"--stop_when {config.stop_when} watches held-out pictures, and {config.data} has none; move some "
+                "pairs, say one of five, into a folder test/ beside train/"
+            )
         start = self._latest_checkpoint()
         say(f"{len(pairs)} pairs from {config.data}" + (f", {len(heldout)} held out" if heldout else ""))
         say(f"loading the base {config.base}")
@@ -219,7 +230,9 @@ class _Trainer:
         self.settings = {k: v for k, v in asdict(config).items() if k not in ("output", "resume")}
         self.settings |= {"resolution": resolution, "learning_rate": rate}
         self.settings |= {"mixed_precision": self.accelerator.mixed_precision}
-        self.done, self.losses, self.heldout_losses = 0, [], {}
+        self.done, self.kept_step, self.losses = 0, 0, []
+        self.heldout_losses: dict[int, list[float]] = {}  # step -> loss of each held-out picture
+        self.best: tuple[int, list] | None = None  # with stop_when: the step of the lowest held-out loss, its weights
         self.good = [p.detach().clone() for p in self.parameters.values()]
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -236,8 +249,8 @@ class _Trainer:
         say(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {predicts}")
         with _Evaluating(self), attach.switched_off(self.unet):
             self.before = self._draw() if self.main else []
-            if self.main and self.heldout and 0 not in self.heldout_losses:
-                self.heldout_losses[0] = self._heldout_loss()
+            if self.heldout and 0 not in self.heldout_losses:
+                self._measure_heldout()
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
 
     def step(self) -> None:
@@ -265,7 +278,7 @@ class _Trainer:
         self.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
             self.rate.step()
-        self.done += 1
+        self.done = self.kept_step = self.done + 1
         self.losses.append(losses.mean().item())
         recent = self.losses[-20:]
         rate = self.rate.get_last_lr()[0]
@@ -310,6 +323,18 @@ class _Trainer:
             "--mixed_precision bf16 or no"
         )
 
+    def memorises(self) -> bool:
+        """Whether the run has begun to memorise, measured 20 times a run; keeps the best weights. `stop_when`'s rule."""
+        if self.done % max(1, self.config.steps // 20):
+            return False
+        with _Evaluating(self):
+            self._measure_heldout()
+        begun = measures.memorising(self.heldout_losses)
+        if begun is not None:
+            self.bar.close()
+            self._say(f"stopped at step {self.done}: the held-out loss has risen since step {begun}")
+        return begun is not None
+
     def anywhere(self, number: int) -> int:
         """The signal that any process has caught, 0 for none, the same answer in all of them."""
         if self.accelerator.num_processes == 1:
@@ -327,6 +352,8 @@ class _Trainer:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             self._save_tuner(part / store.FILE_NAME, torch.float32)
+            if self.best:
+                torch.save(self.best, part / "best.pt")
             state = {"step": self.done, "losses": self.losses, "heldout": self.heldout_losses,
                      "settings": self.settings, "tuner": asdict(self.tuner)}  # fmt: skip
             _write_text(part / "state.json", json.dumps(state))
@@ -371,15 +398,18 @@ class _Trainer:
         for name, p in self.parameters.items():
             p.data.copy_(file.tensors[name])
         self.accelerator.load_state(str(folder))
-        self.done, self.losses = state["step"], state["losses"]
+        self.done = self.kept_step = state["step"]
+        self.losses = state["losses"]
         self.heldout_losses = {int(k): v for k, v in state["heldout"].items()}
+        if (folder / "best.pt").exists():
+            self.best = torch.load(folder / "best.pt", map_location=self.accelerator.device, weights_only=True)
         if self.done > self.config.steps:
             raise TrainError(f"{folder} is past --steps {self.config.steps}; give more steps")
         self._say(f"resumed at step {self.done}")
 
     def _save_tuner(self, path: Path, dtype: torch.dtype = torch.float16) -> Path:
         tensors = {k: p.detach() for k, p in self.parameters.items()}
-        training = {**self.settings, "steps_done": self.done, "images": len(self.data.names)}
+        training = {**self.settings, "steps_done": self.kept_step, "images": len(self.data.names)}
         file = store.TunerFile(self.tuner, tensors, self.base, self.config.trigger_words, training)
         return store.save(path, file, dtype)
 
@@ -392,49 +422,67 @@ class _Trainer:
             )  # fmt: skip
 
     def preview(self, path: Path) -> list:
-        """Draws the preview prompts, and measures the held-out loss; writes the labelled grid. Main process only."""
+        """Measures the held-out loss; in the main process draws the preview prompts and writes the labelled grid."""
+        with _Evaluating(self):
+            if self.heldout and self.done not in self.heldout_losses:
+                self._measure_heldout()
+            after = self._draw() if self.main else []
         if not self.main:
             return []
-        with _Evaluating(self):
-            after = self._draw()
-            if self.heldout:
-                self.heldout_losses[self.done] = self._heldout_loss()
-        columns = ["base", f"tuned, step {self.done}"] + (["true picture"] if self.true else [])
+        columns = ["base", f"tuned, step {self.kept_step}"] + (["true picture"] if self.true else [])
         rows = [list(row) for row in zip(self.before, after, *([self.true] if self.true else []))]
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_picture(pictures.grid(rows, columns, self.prompts), path)
         if self.config.report_to:
-            self.accelerator.log({"held-out loss": self.heldout_losses.get(self.done, 0.0)}, step=self.done)
+            self.accelerator.log({"held-out loss": self.heldout_means().get(self.done, 0.0)}, step=self.done)
         return after
 
+    def _measure_heldout(self) -> None:
+        self.heldout_losses[self.done] = self._heldout_errors()
+        means = self.heldout_means()
+        if self.config.stop_when and self.done and means[self.done] == min(means.values()):
+            self.best = self.done, [p.detach().clone() for p in self.parameters.values()]
+
     @torch.no_grad()
-    def _heldout_loss(self) -> float:
-        """The unweighted loss on the held-out pictures, at fixed noise and 8 fixed timesteps."""
+    def _heldout_errors(self) -> list[float]:
+        """The unweighted loss on each held-out picture, at fixed noise, as a mean over 8 fixed timesteps."""
         encoded, device = self.heldout, self.accelerator.device
         noise = torch.randn(encoded.mean[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(device)
-        total = 0.0
+        total = torch.zeros(len(encoded.names), device=device)
         for t in range(60, 1000, 125):
             steps = torch.full((len(encoded.names),), t, device=device)
             with self.accelerator.autocast():
-                loss = training_loss(self.unet, self.scheduler, encoded.mean[:, 0], noise, steps, encoded.text)
-            total += loss.mean().item()
-        return total / 8
+                total += training_loss(self.unet, self.scheduler, encoded.mean[:, 0], noise, steps, encoded.text)
+        return (total / 8).tolist()
+
+    def heldout_means(self) -> dict[int, float]:
+        return {step: sum(losses) / len(losses) for step, losses in self.heldout_losses.items()}
 
     def finish(self) -> Result:
         """Saves the tuner, loads the file into a fresh pipeline, and checks that it draws what it should."""
         self.bar.close()
+        if self.heldout and self.done not in self.heldout_losses:
+            with _Evaluating(self):
+                self._measure_heldout()
+        if self.best:
+            self.kept_step = self.best[0]
+            self._say(f"keeping the tuner of step {self.kept_step}, with the lowest held-out loss")
+            for p, kept in zip(self.parameters.values(), self.best[1]):
+                p.data.copy_(kept)
         path, preview, plot = (self.output / n for n in (store.FILE_NAME, "preview.png", "loss.png"))
         if self.main:
             self._save_tuner(path)
             for p in self.parameters.values():
                 p.data.copy_(p.data.half().float())  # the weights of the file, so that its pictures can be compared
-            after = self.preview(preview)
+        after = self.preview(preview)
+        if self.main:
             title = f"{self.output.name}: {len(self.losses)} steps"
-            pictures.plot_losses(plot, self.losses, self.heldout_losses, title)
+            pictures.plot_losses(plot, self.losses, self.heldout_means(), title)
             self.pipe.to("cpu")
             self._verify(path, after)
         self.close()
-        return Result(self.main, path, preview, plot, self.output / "config.json", self.losses, self.heldout_losses)
+        config, heldout = self.output / "config.json", self.heldout_means()
+        return Result(self.main, path, preview, plot, config, self.losses, heldout, self.kept_step)
 
     def _verify(self, path: Path, after: list) -> None:
         dtype = self.unet.dtype

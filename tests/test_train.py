@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdtune
-from sdtune import bases, data, train
+from sdtune import bases, data, store, train
 
 
 def small(pairs, tmp_path, **changes):
@@ -159,6 +159,25 @@ def test_bf16_trains_on_cpu_and_fp16_says_what_it_needs(pairs, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(train.TrainError, match="fp16"):
             sdtune.fit(small(pairs, tmp_path, mixed_precision="fp16"))
+
+
+def test_a_run_that_memorises_stops_and_keeps_the_tuner_from_before_that(pairs, tmp_path, monkeypatch, capsys):
+    curve, seen = {0: 0.3, 2: 0.2, 4: 0.1, 6: 0.15, 8: 0.2}, {}
+
+    def errors(self):
+        seen[self.done] = {k: p.detach().half() for k, p in self.parameters.items()}
+        return [curve[self.done], curve[self.done] + 0.01]
+
+    monkeypatch.setattr(train._Trainer, "_heldout_errors", errors)
+    result = sdtune.fit(small(pairs, tmp_path, steps=40, stop_when="memorising"))
+    assert result.steps == 4 and len(result.losses) == 8
+    assert "the held-out loss has risen since step 4" in capsys.readouterr().out
+    file = store.load(result.tuner)
+    assert file.training["steps_done"] == 4
+    assert same(file.tensors, seen[4])
+    (pairs / "test").rename(pairs.parent / "elsewhere")
+    with pytest.raises(train.TrainError, match="has none; move some pairs"):
+        sdtune.fit(small(pairs, tmp_path / "other", stop_when="memorising"))
 
 
 def test_tensorboard_gets_losses_through_accelerate(pairs, tmp_path):
