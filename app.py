@@ -35,7 +35,7 @@ AXIS_TEXTS = {  # what is typed for an axis: label, help, what it starts with
     "prompt": ("Prompts", "One on each line.", "\n".join(EXAMPLES)),
     "guidance": ("Guidances", "Numbers with commas between.", "2, 4, 7.5"),
 }
-LIVE_SECONDS = 4.0  # where a picture takes longer, the slider redraws when it is let go, not while it moves
+LIVE_SECONDS = 2.0  # where a picture takes longer, a new weight ends the drawing of the old one
 
 
 def whole(value, default: int = 0) -> int:
@@ -54,7 +54,7 @@ class Page:
             self.layout = gr.State(0)  # grows when the cards of the columns must be laid out anew
             self.version = gr.State(0)  # of the library, as this window knows it
             self.top = gr.HTML(look.top(studio.base_name, studio.side, "device free", False), elem_id="top")
-            with gr.Tabs(selected="generate") as self.tabs:
+            with gr.Tabs(selected="generate", overflow_behavior="wrap") as self.tabs:
                 with gr.Tab("Generate", id="generate"):
                     self._generate()
                 with gr.Tab("Compare", id="compare"):
@@ -71,7 +71,8 @@ class Page:
         studio = self.studio
         with gr.Row(equal_height=True):
             self.prompt = gr.Textbox(
-                EXAMPLES[0], label="Prompt", lines=2, scale=8, elem_id="prompt", info="What the pictures show.",
+                EXAMPLES[0], label="Prompt", info="What the pictures show.", lines=2, scale=8, min_width=300,
+                elem_id="prompt",
             )  # fmt: skip
             with gr.Column(scale=2, min_width=150):
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
@@ -79,11 +80,11 @@ class Page:
         with gr.Row(equal_height=True):
             seed = gr.Number(
                 1, label="Seed", precision=0, minimum=0, scale=2, min_width=120, elem_id="seed",
-                info="The starting noise, the same in every column.",
+                info="The same noise in every column.",
             )  # fmt: skip
             dice = gr.Button("🎲", elem_classes="dice", scale=0, min_width=54, elem_id="dice")
             images = gr.Slider(1, 8, 1, step=1, label="Pictures", scale=3, min_width=160, elem_id="images",
-                               info="In each column; the next ones take the next seeds.")  # fmt: skip
+                               info="In each column, on the next seeds.")  # fmt: skip
             guidance = self._guidance_slider(scale=3)
         with gr.Accordion("More: negative prompt, steps, size, sampler", open=False):
             negative = gr.Textbox(label="Negative prompt", lines=1, info="What the pictures should not show.")
@@ -97,7 +98,7 @@ class Page:
         sheet = gr.HTML(look.empty("Draw: every column starts from the same noise."), js_on_load=look.LIGHTBOX,
                         elem_id="sheet")  # fmt: skip
         restore = gr.File(
-            label="Drop a downloaded picture here to restore its settings", file_types=[".png"], height=104,
+            label="Drop a picture to restore its settings", file_types=[".png"], height=104,
             elem_id="restore",
         )  # fmt: skip
         fields = [self.prompt, negative, seed, images, steps, guidance, size, sampler]
@@ -214,14 +215,17 @@ class Page:
             await asyncio.sleep(0.1)
 
     def _stops(self, button: gr.Button, slot: str) -> None:
-        """A click ends this window's jobs of a slot, at the next step."""
+        """A click ends this window's job of a slot, at the next step."""
 
         def on_stop(request: gr.Request):
-            for job in self.studio.device.jobs():
-                if job.owner == request.session_hash and job.slot == slot:
-                    self.studio.device.stop(job)
+            self._stop(request.session_hash, slot)
 
         button.click(on_stop, queue=False, **QUIET)
+
+    def _stop(self, owner: str, slot: str) -> None:
+        for job in self.studio.device.jobs():
+            if job.owner == owner and job.slot == slot:
+                self.studio.device.stop(job)
 
     # -------------------------------------------------------------------------------------- compare
 
@@ -277,7 +281,7 @@ class Page:
                 axes = Axis.parse(x, x_text or "", x_pick), Axis.parse(y, y_text or "", y_pick)
                 if not tuner and not {x, y} & {"tuner", "checkpoint"} and "weight" in {x, y}:
                     raise StudioError("a weight needs a tuner or LoRA; choose one")
-                column = {} if not tuner and not {x, y} & {"tuner", "checkpoint"} else {tuner or "": weight}
+                column = {tuner or "": weight} if tuner or {x, y} & {"tuner", "checkpoint"} else {}
                 settings = Settings(
                     prompt or "", "", whole(seed), whole(steps), guidance, None, 1, studio.sampler, [column]
                 )
@@ -337,43 +341,34 @@ class Page:
         sheet = gr.HTML(look.empty("Move the slider."), js_on_load=look.LIGHTBOX, elem_id="live")
         seconds = gr.State(0.0)  # how long the last picture took
 
-        def on_move(moving):
-            async def redraw(tuner, weight, prompt, seed, steps, seconds, request: gr.Request):
-                if moving and seconds > LIVE_SECONDS:
-                    yield look.said("This base is too slow to follow; let the slider go to draw."), gr.skip(), gr.skip()
-                    return
-                try:
-                    columns = [{}, {tuner: weight}] if tuner else [{}]
-                    settings = Settings(
-                        prompt or "", "", whole(seed), whole(steps), self.guidance, None, 1, studio.sampler, columns
-                    )
-                    job = studio.draw(request.session_hash, settings, "live")
-                except ValueError as error:
-                    yield look.said(in_plain_words(error), bad=True), gr.skip(), gr.skip()
-                    return
-                async for text in self._follow(job):
-                    yield text, gr.skip(), gr.skip()
-                if job.state == "done":
-                    yield (
-                        look.said(f"weight {weight:g}. {job.note}"),
-                        look.sheet(job.result.columns, settings.seed),
-                        job.seconds,
-                    )
-                elif job.state == "failed":
-                    yield look.drawing(job, 0), gr.skip(), gr.skip()
+        async def on_move(tuner, weight, prompt, seed, steps, request: gr.Request):
+            try:
+                columns = [{}, {tuner: weight}] if tuner else [{}]
+                sampler, guidance = studio.sampler, self.guidance
+                settings = Settings(prompt or "", "", whole(seed), whole(steps), guidance, None, 1, sampler, columns)
+                job = studio.draw(request.session_hash, settings, "live")
+            except ValueError as error:
+                yield look.said(in_plain_words(error), bad=True), gr.skip(), gr.skip()
+                return
+            async for text in self._follow(job):
+                yield text, gr.skip(), gr.skip()
+            if job.state == "done":
+                told = look.said(f"weight {weight:g}. {job.note}")
+                yield told, look.sheet(job.result.columns, settings.seed), job.seconds
+            elif job.state == "failed":
+                yield look.drawing(job, 0), gr.skip(), gr.skip()
 
-            return redraw
+        def hurry(seconds, request: gr.Request):
+            """Where a picture takes long, a new weight does not wait for the end of the old one's."""
+            if seconds > LIVE_SECONDS:
+                self._stop(request.session_hash, "live")
 
-        inputs, outputs = [tuner, weight, prompt, seed, steps, seconds], [status, sheet, seconds]
-        often = dict(trigger_mode="always_last", concurrency_limit=None, **QUIET)
-        weight.input(on_move(True), inputs, outputs, **often)
+        weight.input(hurry, seconds, queue=False, **QUIET)
         gr.on(
-            [weight.release, tuner.input, prompt.submit, seed.submit, steps.release],
-            on_move(False),
-            inputs,
-            outputs,
-            **often,
-        )
+            [weight.input, tuner.input, prompt.submit, seed.submit, steps.release], on_move,
+            [tuner, weight, prompt, seed, steps], [status, sheet, seconds],
+            trigger_mode="always_last", concurrency_limit=None, **QUIET,
+        )  # fmt: skip
 
         def on_version(chosen):
             offered = studio.library.offered(checkpoints=True)
@@ -420,7 +415,7 @@ class Page:
         on_train, shown, train_outputs = self.on_tick
 
         def on_load():
-            return studio.default_columns(), 1, studio.library.scan()
+            return studio.default_columns(), studio.library.scan()
 
         def on_tick(shown, version, request: gr.Request):
             new = studio.library.scan_sometimes()
@@ -429,11 +424,11 @@ class Page:
                 new if new != version else gr.skip(), *on_train(shown, request),
             ]  # fmt: skip
 
-        self.blocks.load(on_load, None, [self.columns, self.layout, self.version], **QUIET)
+        self.blocks.load(on_load, None, [self.columns, self.version], **QUIET)
         gr.Timer(1.0).tick(on_tick, [shown, self.version], [self.top, self.version, *train_outputs], **QUIET)
 
         def on_unload(request: gr.Request):
-            studio.device.forget(request.session_hash)
+            studio.forget(request.session_hash)
 
         self.blocks.unload(on_unload)
 

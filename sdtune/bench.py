@@ -9,6 +9,7 @@ This file trains nothing itself: our contestants are `train._Trainer.step`, `tra
 """
 
 import argparse
+import ctypes
 import io
 import json
 import math
@@ -22,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, repeat
@@ -299,11 +300,15 @@ def child(spec: dict) -> None:
         else:
             with _peak() as whole:
                 contestant = prepare(job)
-            found |= {"ready": time.time() - started, "loaded": held() - before}
+                found["ready"] = time.time() - started
+                contestant.run()  # warms up; and weights that are mapped from a file come into memory when first used
+            with suppress(AttributeError, OSError, TypeError):
+                ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, and it would count as loaded
+            found["loaded"] = held() - before
             with _peak() as peak:
-                seconds = [_time(contestant.run) for _ in range(job.repeat + (job.part != "finish"))]
+                seconds = [_time(contestant.run) for _ in range(job.repeat - (job.part == "finish"))]
             contestant.finish()
-            found |= {"seconds": seconds[1:], "peak": peak[0] - before, "whole": max(whole + peak) - before}
+            found |= {"seconds": seconds, "peak": peak[0] - before, "whole": max(whole + peak) - before}
     found["total"] = time.time() - started
     if os.environ.get("RANK", "0") == "0":
         Path(spec["result"]).write_text(json.dumps(found))
@@ -315,13 +320,9 @@ def alone(job: Job, processes: int = 1) -> dict:
     result = Path(tempfile.mkdtemp(dir=job.work)) / "result.json"
     job = replace(job, work=str(result.parent))  # an output folder of its own
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    # what is freed goes back to the system at once, so that what a process holds is what it uses
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     spec = {"job": asdict(job), "result": str(result), "started": time.time()}
-    done = subprocess.run(
-        [sys.executable, *many, "-m", "sdtune.bench", "--child", json.dumps(spec)], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-    )  # fmt: skip
+    command = [sys.executable, *many, "-m", "sdtune.bench", "--child", json.dumps(spec)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if result.exists():
         return json.loads(result.read_text())
     say(f"  failed with exit status {done.returncode}:\n{done.stdout[-2000:]}")
@@ -387,8 +388,8 @@ def measure_alternating(job: Job, options) -> list[dict]:
 def measure_memory(job: Job, options) -> list[dict]:
     """Start-up in seconds, and memory in MB beyond what the imports take, of each contestant in its own process.
 
-    `loaded` is in use before the first step or picture, `working` is what those need on top, `peak` is both, and
-    `whole` is the most since the start.
+    `loaded` is in use between two steps or pictures, `working` is what one needs on top, `peak` is both, and `whole`
+    is the most since the start.
     """
     job = replace(job, part="train", default_previews=True)
     jobs = [replace(job, who=name, batch=batch) for batch in options.batch for name in CONTESTANTS["train"]]

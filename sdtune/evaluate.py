@@ -209,6 +209,8 @@ class Evaluation:
         measures.feature_network(self.device)  # tells at once if its packages are missing
         self.resolution = bases.native_resolution(settings.base)
         self.tasks = [read_task(t, self.output, self.resolution, settings.prompts) for t in settings.tasks]
+        if len({task.folder for task in self.tasks}) < len(self.tasks):
+            raise EvaluationError(f"two of the tasks {', '.join(settings.tasks)} have one name; rename a folder")
         self.pipe = bases.load_base(settings.base).to(self.device)
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).eval()
@@ -289,7 +291,7 @@ class Evaluation:
                 found["runs"][label] = [self.train(task, label, self.methods[name], found["rate"], seed)
                                         for seed in range(self.settings.seeds)]  # fmt: skip
                 for seed, run in enumerate(found["runs"][label]):
-                    file = Path(self.folder(task, label, found["rate"], seed)) / store.FILE_NAME
+                    file = self.folder(task, label, found["rate"], seed) / store.FILE_NAME
                     if file.exists() and not run["failed"]:
                         self.measure(task, file.parent, file, seed)
         _write(task.folder / name / "done.json", json.dumps(found, indent=1))
@@ -313,13 +315,15 @@ class Evaluation:
         return {"rate": rate, "rates": {f"{r:g}": run for r, run in runs.items()}}
 
     def folder(self, task: Task, label: str, rate: float, seed: int | None) -> Path:
+        label = f"{SHUFFLED}-{self.reference}" if label == SHUFFLED else label
         return task.folder / label / (f"validation-rate-{rate:g}" if seed is None else f"seed-{seed}-rate-{rate:g}")
 
     def train(self, task: Task, label: str, config: TunerConfig, rate: float, seed: int | None) -> dict:
         """One run of the trainer, or what it left when it was finished before; without a seed, a validation run.
 
         Returns:
-            `failed` (why, if its loss was not finite), `step_seconds` (median), `peak_memory` and `file_bytes`; of a validation run `validation`: step -> denoising error of each validation pair.
+            `failed` (why, if its loss was not finite), `step_seconds` (median), `peak_memory` and `file_bytes`; of a
+            validation run `validation`: step -> denoising error of each validation pair.
         """
         folder, pairs = self.folder(task, label, rate, seed), task.train if seed is not None else task.part
         if (folder / "run.json").exists():
@@ -333,7 +337,7 @@ class Evaluation:
         settings = TrainConfig(
             data=str(source), base=self.settings.base, output=str(folder), steps=steps, learning_rate=rate,
             batch_size=self.settings.batch_size, seed=seed or 0, mixed_precision=self.precision, preview_every=0,
-            preview_steps=1, preview_prompts=captions[:1], checkpoint_every=max(1, steps // 10),
+            preview_steps=1, preview_prompts=captions[:1], checkpoint_every=max(1, steps // 6),
             resume=any((folder / "checkpoints").glob("step-*/state.json")),
         )  # fmt: skip
         run, memory, times = {"failed": None, "rate": rate, "seed": seed, "peak_memory": None}, _Memory(), []
@@ -362,7 +366,7 @@ class Evaluation:
             encoded, run["validation"] = self.encode(task.validation), {}
             for checkpoint in [None, *sorted((folder / "checkpoints").glob("step-*"))]:
                 with self._tuned(checkpoint):
-                    errors = denoising_errors(self.pipe, encoded, noises=4)
+                    errors = denoising_errors(self.pipe, encoded, noises=2)
                 run["validation"][int(checkpoint.name[5:]) if checkpoint else 0] = errors.tolist()
         _write(folder / "run.json", json.dumps(run))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -642,12 +646,11 @@ class Report:
             f"prompt, {s.drawing_steps} drawing steps, guidance {self.evaluation.guidance:g}. {self._machine()}.",
             "In brackets: 95 % bootstrap interval over prompts and seeds.", "",
             *(f"- **{c.title}**: {c.meaning}{('', '; more is better', '; less is better')[c.better]}" for c in COLUMNS),
-            f"- **{SHUFFLED}**: {self.reference} trained with every picture's caption exchanged for another's; a floor "
-            "for prompts",
-            "- **true pictures**: the ceiling; KID and colours compare the training pictures with the held-out ones. No "
-            "tuner can pass **true, through the VAE**, what the base's VAE gives back of the held-out pictures",
-            "- **lowest validation error**, **memorises** (by `measures.memorising`): of the run at the chosen rate that "
-            "trained without a quarter of the training pairs, on that quarter",
+            f"- **{SHUFFLED}**: {self.reference} trained with every picture's caption exchanged for another's; a floor",
+            "- **true pictures**: the ceiling; KID and colours compare the training pictures with the held-out ones",
+            "- **true, through the VAE**: held-out pictures as the base's VAE gives them back; no tuner can do better",
+            "- **lowest validation error**, **memorises** (`measures.memorising`): on a quarter of the training pairs, "
+            "in the run at the chosen rate that left these out",
         ]  # fmt: skip
         for task, rows in self.rows.items():
             own = next(t for t in self.evaluation.tasks if t.name == task)

@@ -44,7 +44,7 @@ class Library:
     """The tuner and LoRA files in some folders, by label. `version` grows whenever the listing has changed."""
 
     def __init__(self, folders: Sequence[Path], unet):
-        self.folders, self.version, self.items = list(folders), 0, {}
+        self.folders, self.version, self.items = list(folders), 1, {}
         with torch.device("meta"):  # a UNet of this shape that no other thread touches
             self._unet = UNet2DConditionModel.from_config(unet.config)
         self._layers = {
@@ -69,7 +69,7 @@ class Library:
                         continue
                     label = self._label(folder, path, items)
                     key = (label, path, stat.st_mtime_ns, stat.st_size)
-                    known[key] = items[label] = self._known.get(key) or self._read(label, path, stat)
+                    known[key] = items[label] = self._known.get(key) or self._item(label, path, stat)
             if known.keys() != self._known.keys():
                 self._known, self.items = known, items
                 self.version += 1
@@ -125,6 +125,12 @@ class Library:
         while label in taken:
             label, number = f"{'/'.join(parts[-2:])[:110]} ({number})", number + 1
         return label
+
+    def _item(self, label: str, path: Path, stat) -> Item:
+        try:
+            return self._read(label, path, stat)
+        except Exception as error:  # metadata may hold anything
+            return Item(label, path, "not usable", why=f"its metadata is not readable ({type(error).__name__})")
 
     def _read(self, label: str, path: Path, stat) -> Item:
         facts = {"megabytes": stat.st_size / 1e6, "made": stat.st_mtime, "run": label.partition(" @ step ")[0]}

@@ -14,6 +14,7 @@ CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 #restore .icon-wrap, #add-file .icon-wrap, #pictures .icon-wrap { display: none; }
 footer { display: none !important; }
+.html-container { padding: 0 !important; }
 .top { display: flex; align-items: baseline; gap: 10px; flex-wrap: wrap; padding: 4px 2px;
   color: var(--body-text-color-subdued); }
 .top b { font-size: 1.4rem; letter-spacing: -.02em; color: var(--body-text-color); }
@@ -30,7 +31,7 @@ footer { display: none !important; }
 .said ul { margin: 6px 0 0 18px; list-style: disc; }
 .bar { height: 8px; border-radius: 9px; background: var(--border-color-primary); overflow: hidden; }
 .bar div { height: 100%; background: var(--primary-500); border-radius: 9px; transition: width .2s; }
-.sheet { display: flex; gap: 14px; overflow-x: auto; padding: 4px 2px 10px; }
+.sheet { display: flex; align-items: flex-end; gap: 14px; overflow-x: auto; padding: 4px 2px 10px; }
 .sheet .strip { flex: 1 1 0; min-width: 150px; max-width: 420px; }
 .sheet h4 { font-weight: 600; font-size: .95rem; margin: 0 0 8px; overflow-wrap: anywhere;
   color: var(--body-text-color); }
@@ -41,7 +42,9 @@ footer { display: none !important; }
 .sheet figcaption { display: flex; justify-content: space-between; padding: 5px 3px 0; font-size: .8rem;
   color: var(--body-text-color-subdued); }
 .sheet figcaption a { color: var(--primary-600); text-decoration: none; }
-.sheet.whole .strip { max-width: none; } .sheet.whole img { width: auto; max-width: 100%; border-radius: 8px; }
+.sheet.whole .strip { max-width: none; }
+.sheet.whole figure { width: fit-content; }
+.sheet.whole img { width: auto; max-width: 100%; border-radius: 8px; }
 .empty { border: 1.5px dashed var(--border-color-primary); border-radius: 16px; padding: 46px 20px; text-align: center;
   color: var(--body-text-color-subdued); }
 .lightbox { position: fixed; inset: 0; z-index: 9999; background: #0b0b10f0; display: flex; flex-direction: column;
@@ -78,7 +81,8 @@ footer { display: none !important; }
 .curve { width: 100%; height: auto; display: block; }
 .curve text { fill: var(--body-text-color-subdued); font: 11px system-ui, sans-serif; }
 @media (max-width: 640px) {
-  .gradio-container { padding: 6px !important; }
+  .gradio-container, .gradio-container main { padding: 6px !important; }
+  button[role=tab] { padding: 0 9px !important; }
   .sheet { gap: 8px; } .sheet .strip { min-width: 118px; } .sheet figcaption a span { display: none; }
   .top .chip { margin-left: 0; }
 }
@@ -211,7 +215,8 @@ def shelf(items: Sequence[Item]) -> str:
     """The library as cards, with what each file's metadata says."""
     if not items:
         return empty("No tuner or LoRA file yet. Train one, or add one.")
-    return f"<div class='shelf'>{''.join(map(_book, items))}</div>"
+    labels = {item.label for item in items}  # the checkpoints of a finished run are for Compare
+    return f"<div class='shelf'>{''.join(_book(i) for i in items if i.run not in labels)}</div>"
 
 
 def _book(item: Item) -> str:

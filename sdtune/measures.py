@@ -253,13 +253,13 @@ def all_of(drawn: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]) 
     if "errors" in drawn:
         found["error"] = mean(drawn["errors"])
         found["forgetting"] = mean(drawn["outside_errors"]) / mean(true["outside_errors"])
-        found["drift"] = mean(1 - (drawn["outside"] * true["outside"]).sum(1)).clamp(min=0)
+        found["drift"] = mean((1 - (drawn["outside"] * true["outside"]).sum(1)).clamp(min=0))
     return found
 
 
 def outcome(difference: Estimate, better: int) -> str:
-    """How a method fares, given what another has more than it: an interval with 0 in it tells nothing."""
-    if difference.low <= 0 <= difference.high or difference.low != difference.low:
+    """How a method fares, given what another has more than it: an interval with 0 in it, or of no width, tells nothing."""
+    if difference.low <= 0 <= difference.high or not difference.low < difference.high:
         return "cannot be told from"
     return "loses to" if (difference.value > 0) == (better > 0) else "wins against"
 

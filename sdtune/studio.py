@@ -172,6 +172,9 @@ class Studio:
                     self.library.find(label)
                 shots.append(Shot(**shot))
 
+        if {x.name, y.name} & {"tuner", "checkpoint"}:  # the picture's settings are not those of one of them
+            settings = dataclasses.replace(settings, columns=[{}])
+
         def work(job: Job) -> Drawn:
             drawn = self._draw(job, shots, settings)
             rows = [drawn[i : i + len(x.values)] for i in range(0, len(drawn), len(x.values))]
@@ -355,6 +358,11 @@ class Studio:
         orphans = (j for j in self.device.jobs() if j.kind == "training" and j.owner is None)
         return self._trainings.get(owner) or next(orphans, None)
 
+    def forget(self, owner: str) -> None:
+        """A window was closed."""
+        self.device.forget(owner)
+        self._trainings = {o: job for o, job in self._trainings.items() if o != owner}
+
     def label_of(self, job: Job) -> str | None:
         """The label of what a training made, if it fits the loaded base."""
         return next((i.label for i in self.library.items.values() if i.path == job.result and i.fits), None)
@@ -498,7 +506,7 @@ class Axis:
             return [""]
         if self.name in ("tuner", "checkpoint"):
             return [value or "base" for value in self.values]
-        return [v if self.name == "prompt" else f"{self.name} {v}" for v in self.values]
+        return [v if self.name == "prompt" else f"{self.name} {v:.10g}" for v in self.values]
 
 
 def title_of(column: dict[str, float]) -> str:

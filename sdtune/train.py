@@ -247,9 +247,9 @@ class _Trainer:
         precision = self.accelerator.mixed_precision.replace("no", "fp32")
         predicts = self.scheduler.config.prediction_type
         say(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {predicts}")
-        with _Evaluating(self), attach.switched_off(self.unet):
-            self.before = self._draw() if self.main else []
-            if self.heldout and 0 not in self.heldout_losses:
+        self.before: list = []  # the base's preview, drawn when the first comparison with it is due
+        if self.heldout and 0 not in self.heldout_losses:
+            with _Evaluating(self):
                 self._measure_heldout()
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
 
@@ -426,9 +426,12 @@ class _Trainer:
         with _Evaluating(self):
             if self.heldout and self.done not in self.heldout_losses:
                 self._measure_heldout()
-            after = self._draw() if self.main else []
-        if not self.main:
-            return []
+            if not self.main:
+                return []
+            after = self._draw()
+            if not self.before:
+                with attach.switched_off(self.unet):
+                    self.before = self._draw()
         columns = ["base", f"tuned, step {self.kept_step}"] + (["true picture"] if self.true else [])
         rows = [list(row) for row in zip(self.before, after, *([self.true] if self.true else []))]
         path.parent.mkdir(parents=True, exist_ok=True)

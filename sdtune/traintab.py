@@ -103,9 +103,13 @@ def train_tab(page) -> tuple:
 
     def on_change(drop, *values):
         try:
-            return command(plan(drop, values)[0])
+            captions = [caption for _, caption in drop.pairs] if drop else []
+            return command(plan(drop, [*captions, *values])[0])
         except (ValueError, OSError) as error:
             return in_plain_words(error)
+
+    changes = [drop.change, *(field.change for field in fields)]
+    gr.on(changes, on_change, [drop, *fields], line, trigger_mode="always_last", **QUIET)
 
     with pairs:
 
@@ -122,8 +126,6 @@ def train_tab(page) -> tuple:
             everything = [drop, *boxes, *fields]
             start.click(ready(True), everything, [problems, line, start], **QUIET)
             save.click(ready(False), everything, [problems, line, start], **QUIET)
-            gr.on([f.change for f in fields if hasattr(f, "change")], on_change, everything, line,
-                  trigger_mode="always_last", **QUIET)  # fmt: skip
             for box in boxes:
                 box.blur(lambda d, *captions: tell(d, wrong_with(d, captions)), [drop, *boxes], problems, **QUIET)
 
