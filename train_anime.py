@@ -6,17 +6,14 @@
 Every flag is a field of `sdtune.TunerConfig` or `sdtune.TrainConfig`; `--help` lists them.
 """
 
-import argparse
 import os
 import sys
 
 import diffusers
-import psutil
-import torch
 import transformers
 from transformers.hf_argparser import HfArgumentParser
 
-from sdtune import TrainConfig, TunerConfig
+from sdtune import TrainConfig, TunerConfig, launch
 
 LOAD = """
 from sdtune import load_base, load_tuner
@@ -25,27 +22,10 @@ load_tuner(pipe, "{tuner}", adapter_name="{name}")
 """
 
 
-def processes_asked() -> int:
-    """The --num_processes of an `accelerate launch` that started one process instead.
-
-    On a machine without a GPU, Accelerate (1.15) starts a single process whatever that flag says.
-    """
-    parent = psutil.Process().parent()
-    command = parent.cmdline() if parent else []
-    names, script = [os.path.basename(part) for part in command], os.path.basename(__file__)
-    launched = script in names and any("accelerate" in part for part in command)
-    if not launched or "WORLD_SIZE" in os.environ or torch.accelerator.is_available():
-        return 1
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
-    return parser.parse_known_args(command[: names.index(script)])[0].num_processes
-
-
 def main() -> int:
-    count = processes_asked()
+    count = launch.processes_asked(os.path.basename(__file__))
     if count > 1:
-        run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), __file__]
-        os.execv(sys.executable, [sys.executable, *run, *sys.argv[1:]])
+        launch.replace_by(count, [__file__], sys.argv[1:])
 
     parser = HfArgumentParser((TunerConfig, TrainConfig), description=__doc__.split("\n")[0])
     try:

@@ -518,17 +518,16 @@ def machine() -> dict:
     """What the numbers depend on; the load tells whether others were using the machine."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.partition(": ")[2] for line in info.splitlines() if "model name" in line), platform.machine())
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu, "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "load at start": round(psutil.getloadavg()[0], 1),
-        "python": platform.python_version(), **store.library_versions(),
-    }  # fmt: skip
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    load, threads = round(psutil.getloadavg()[0], 1), torch.get_num_threads()
+    return {"device": device, "cores": os.cpu_count(), "threads": threads, "load at start": load,
+            "python": platform.python_version(), **store.library_versions()}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
     """Rows as a Markdown table, without empty columns and those that are for the JSON file alone."""
-    hidden = ("who", "seconds", "checkpointing")
-    columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if v is not None and k not in hidden))
+    shown = dict.fromkeys(k for row in rows for k, v in row.items() if v is not None)
+    columns = [k for k in shown if k not in ("who", "seconds", "checkpointing")]
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(c)) for c in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -584,7 +583,7 @@ def main(arguments: list[str] | None = None) -> int:
                 say(f"stopped in {part}; the report is on what came before")
                 break
     verdicts = judge(found, cuda)
-    print(", ".join(f"{k} {v}" for k, v in where.items()))
+    print(", ".join(f"{k} {v}" for k, v in where.items()), end="\n\n")
     print(f"base {options.base}, {job.resolution} px, precision {job.precision}, {options.rounds} rounds")
     for part, rows in found.items():
         steps = f", {job.draw_steps} sampling steps" if part == "draw" else ""

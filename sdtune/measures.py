@@ -258,7 +258,7 @@ def all_of(drawn: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]) 
 
 
 def outcome(difference: Estimate, better: int) -> str:
-    """How a method fares, given what another has more than it: an interval with 0 in it, or of no width, tells nothing."""
+    """How a method fares, given what another has more than it; an interval with 0 in it, or without width, is a tie."""
     if difference.low <= 0 <= difference.high or not difference.low < difference.high:
         return "cannot be told from"
     return "loses to" if (difference.value > 0) == (better > 0) else "wins against"

@@ -49,7 +49,7 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
         _load_plain_lora(pipe, path, name)
         return name
     file = store.load(path)
-    store.check_fits(file, _home(file.config).expected_shapes(unet, file.config), source)
+    store.check_fits(file, expected_shapes(unet, file.config), source)
     _attach(pipe, file.config, name, file.tensors)
     unet.peft_config[name].file = replace(file, tensors={})
     return name
@@ -85,6 +85,11 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tune
 def _home(config: TunerConfig):
     """The module that knows tuners of this kind: `attach` or `baselines`, which have the same verbs."""
     return baselines if config.kind in BASELINES else attach
+
+
+def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a tuner or LoRA of this configuration has on this UNet: its key in a file -> its shape."""
+    return _home(config).expected_shapes(unet, config)
 
 
 def config_of(pipe, adapter_name: str) -> TunerConfig:

@@ -185,7 +185,7 @@ def is_plain_lora(path: Path) -> bool:
     """Whether a file holds a LoRA that another tool wrote (kohya, diffusers, ...)."""
     try:
         with safe_open(path, framework="pt") as f:
-            return "sdtune.format_version" not in (f.metadata() or {}) and any("lora" in k for k in f.keys())
+            return "sdtune.format_version" not in (f.metadata() or {}) and any("lora" in k for k in f.keys())  # noqa: SIM118
     except (SafetensorError, OSError):
         return False
 

@@ -324,7 +324,7 @@ class _Trainer:
         )
 
     def memorises(self) -> bool:
-        """Whether the run has begun to memorise, measured 20 times a run; keeps the best weights. `stop_when`'s rule."""
+        """Whether the run has begun to memorise, measured 20 times a run; keeps the weights that were best."""
         if self.done % max(1, self.config.steps // 20):
             return False
         with _Evaluating(self):

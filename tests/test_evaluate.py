@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import sdtune
-from sdtune import evaluate, measures
+from sdtune import evaluate, measures, trials
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +61,7 @@ def test_measures_of_any_features_keep_their_range(n, seed, spread):
     assert value(measures.novelty(train, true, train)) == pytest.approx(0, abs=1e-3)
     assert value(measures.novelty(true, true, train)) == pytest.approx(1)
     found = measures.estimate([measures.mean(drawn[:, 0]), measures.mean(true[:, 0])], draws=50)
-    assert found.low <= found.high and drawn.min() <= found.low + 1e-6
+    assert min(drawn.min(), true.min()) - 1e-6 <= found.low <= found.high
 
 
 def test_colours_that_are_shifted_are_as_far_as_they_were_shifted():
@@ -145,13 +145,13 @@ def test_a_curve_that_only_falls_never_memorises(drops, pictures):
 
 
 def test_methods_have_the_parameters_of_res_attn_as_nearly_as_whole_numbers_allow(base, sd15_unet):
-    assert evaluate.parameter_count(sd15_unet, evaluate.methods(sd15_unet)["res_attn"]) == 2_433_600
+    assert trials.parameter_count(sd15_unet, trials.methods(sd15_unet)["res_attn"]) == 2_433_600
     for unet in (base.unet, sd15_unet):
-        every = evaluate.methods(unet)
-        assert set(every) >= {name for group in evaluate.GROUPS.values() for name in group}
-        target = evaluate.parameter_count(unet, every["res_attn"])
-        for name in {*evaluate.GROUPS["paper"], *evaluate.GROUPS["baselines"], *evaluate.GROUPS["dual"]}:
-            assert evaluate.parameter_count(unet, every[name]) == pytest.approx(target, rel=0.1), name
+        every = trials.methods(unet)
+        assert set(every) >= {name for group in trials.GROUPS.values() for name in group}
+        target = trials.parameter_count(unet, every["res_attn"])
+        for name in {*trials.GROUPS["paper"], *trials.GROUPS["baselines"], *trials.GROUPS["dual"]}:
+            assert trials.parameter_count(unet, every[name]) == pytest.approx(target, rel=0.1), name
 
 
 def test_the_command_is_stopped_twice_goes_on_and_leaves_tables_grid_and_curves(pairs, tmp_path, monkeypatch, capsys):
@@ -204,7 +204,7 @@ def test_the_command_is_stopped_twice_goes_on_and_leaves_tables_grid_and_curves(
 
 
 def test_held_out_pairs_have_no_part_in_the_choice_of_the_rate(pairs, tmp_path):
-    task = evaluate.read_task(str(pairs), tmp_path, 128, 100)
+    task = trials.read_task(str(pairs), tmp_path, 128, 100)
     assert {p.name for p in task.part} | {p.name for p in task.validation} == {p.name for p in task.train}
     assert not {p.name for p in task.part} & {p.name for p in task.validation} and len(task.validation) == 1
     captions = {p.caption for p in task.train}
@@ -212,7 +212,7 @@ def test_held_out_pairs_have_no_part_in_the_choice_of_the_rate(pairs, tmp_path):
 
 
 def test_what_cannot_be_evaluated_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(evaluate.TASKS, "openmoji", tmp_path / "nowhere")
+    monkeypatch.setitem(trials.TASKS, "openmoji", tmp_path / "nowhere")
     assert evaluate.main(["--tasks", "openmoji"]) == 1
     assert "python assets/tasks.py" in capsys.readouterr().err
     assert evaluate.main(["--tasks", "anime", "--methods", "magic", "--output", str(tmp_path)]) == 1
@@ -233,7 +233,7 @@ def test_processes_share_the_work_and_the_trainer_does_not_see_them(monkeypatch)
 
 def test_a_rate_at_which_the_loss_is_not_finite_is_not_chosen():
     runs = {1e-3: {"failed": None, "validation": {"0": [0.3], "10": [0.2]}}, 1.0: {"failed": "the loss is not finite"}}
-    assert evaluate._final_error(runs[1e-3]) == pytest.approx(0.2) and evaluate._final_error(runs[1.0]) == math.inf
+    assert trials.final_error(runs[1e-3]) == pytest.approx(0.2) and trials.final_error(runs[1.0]) == math.inf
 
 
 def test_the_tasks_have_the_same_new_concepts_held_out_in_both_styles(tmp_path):

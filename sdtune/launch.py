@@ -1,0 +1,33 @@
+"""Several processes without a GPU: what `accelerate launch --num_processes N` asks for and does not start."""
+
+import argparse
+import os
+import sys
+
+import psutil
+import torch
+
+
+def processes_asked(name: str) -> int:
+    """The --num_processes of an `accelerate launch` that started one process instead.
+
+    On a machine without a GPU, Accelerate (1.15) starts a single process whatever that flag says.
+
+    Args:
+        name: of the script or module that was launched, without folders.
+    """
+    parent = psutil.Process().parent()
+    command = parent.cmdline() if parent else []
+    names = [os.path.basename(part) for part in command]
+    launched = name in names and any("accelerate" in part for part in command)
+    if not launched or "WORLD_SIZE" in os.environ or torch.accelerator.is_available():
+        return 1
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    return parser.parse_known_args(command[: names.index(name)])[0].num_processes
+
+
+def replace_by(count: int, target: list[str], arguments: list[str]) -> None:
+    """Replaces this process by `count` ones of `target`, a script or ["-m", module]. Does not return."""
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *target]
+    os.execv(sys.executable, [sys.executable, *run, *arguments])
