@@ -1,6 +1,6 @@
 """The page: generate side by side, compare, train, and the library. `python app.py`, then open what it prints.
 
-Only layout and its wiring; the work is done by `sdtune.studio`, the looks are in `sdtune.look`.
+Only layout and its wiring; the work is done by `sdtune.page.studio`, the looks are in `sdtune.page.look`.
 """
 
 import argparse
@@ -16,11 +16,12 @@ import diffusers
 import gradio as gr
 import transformers
 
-from sdtune import BaseError, look
-from sdtune.device import Job, StudioError, in_plain_words
-from sdtune.notes import MOST_COLUMNS, Settings, read_png
-from sdtune.studio import SAMPLERS, Axis, Studio
-from sdtune.traintab import QUIET, train_tab
+from sdtune import BaseError
+from sdtune.page import look
+from sdtune.page.device import Job, StudioError, in_plain_words
+from sdtune.page.notes import MOST_COLUMNS, Settings, read_png
+from sdtune.page.studio import SAMPLERS, Axis, Studio
+from sdtune.page.traintab import QUIET, train_tab
 
 EXAMPLES = [
     "a girl with silver hair and red eyes, under cherry blossoms, in anime style",

@@ -29,9 +29,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .bases import BaseError, load_base
-    from .drawing import Cell, compare, draw_cells
     from .config import TrainConfig
     from .data import DataError
+    from .drawing import Cell, compare, draw_cells
     from .pipeline import add_tuner, draw, load_tuner, save_tuner, unload_tuner
     from .store import TunerFileError
     from .train import fit

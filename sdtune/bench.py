@@ -575,6 +575,8 @@ def main(arguments: list[str] | None = None) -> int:
             precision=options.precision or ("fp16" if cuda else "no"), repeat=1 if options.quick else 5,
             draw_steps=1 if options.quick else 50 if cuda else 10,
         )  # fmt: skip
+        print(", ".join(f"{k} {v}" for k, v in where.items()), end="\n\n")
+        print(f"base {options.base}, {job.resolution} px, precision {job.precision}, {options.rounds} rounds")
         for part in options.parts or ("train", "draw", "memory", "imports"):
             say(f"{part}: {PARTS[part][1]}")
             try:
@@ -582,12 +584,9 @@ def main(arguments: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 say(f"stopped in {part}; the report is on what came before")
                 break
+            steps = f", {job.draw_steps} sampling steps" if part == "draw" else ""
+            print(f"\n**{part}**: {PARTS[part][1]}{steps}\n\n{table(found[part])}", flush=True)
     verdicts = judge(found, cuda)
-    print(", ".join(f"{k} {v}" for k, v in where.items()), end="\n\n")
-    print(f"base {options.base}, {job.resolution} px, precision {job.precision}, {options.rounds} rounds")
-    for part, rows in found.items():
-        steps = f", {job.draw_steps} sampling steps" if part == "draw" else ""
-        print(f"\n**{part}**: {PARTS[part][1]}{steps}\n\n{table(rows)}")
     print(f"\n**targets**\n\n{table(verdicts)}")
     if options.json:
         report = {"machine": where, "settings": {**vars(options), **asdict(job)}, **found, "targets": verdicts}

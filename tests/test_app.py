@@ -20,7 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 import sdtune
-from sdtune import config, device, library, look, notes, store, studio
+from sdtune import config, store
+from sdtune.page import device, library, look, notes, studio
 from sdtune.pictures import distance
 
 ROOT = Path(__file__).parent.parent

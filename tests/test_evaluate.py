@@ -169,7 +169,7 @@ def test_the_command_is_stopped_twice_goes_on_and_leaves_tables_grid_and_curves(
             raise KeyboardInterrupt
         return fit(config, tuner, press)
 
-    monkeypatch.setattr(evaluate, "fit", fit_and_press_ctrl_c)
+    monkeypatch.setattr(trials, "fit", fit_and_press_ctrl_c)
     assert evaluate.main(command) == 128 + signal.SIGINT  # in the middle of a run
     assert "same command goes on" in capsys.readouterr().err
     assert evaluate.main(command) == 130  # before another

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .data import DataError
+from ..data import DataError
 
 MOST_WAITING = 20
 
@@ -171,6 +171,6 @@ def in_plain_words(error: BaseException) -> str:
 
 
 def _trainer_errors() -> tuple:
-    from .train import TrainError  # heavy, and only known once something has been trained or drawn
+    from ..train import TrainError  # heavy, and only known once something has been trained or drawn
 
     return (TrainError,)

@@ -31,13 +31,13 @@ from PIL import Image
 
 import sdtune
 
-from . import data, pictures, store
+from .. import data, pictures, store
+from ..tuners import TunerConfig
 from .device import Device, Halted, Job, StudioError
 from .library import Item, Library, matters
 from .notes import Settings, slug, write_png
-from .tuners import TunerConfig
 
-ASSETS = Path(__file__).parent.parent / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 SAMPLERS = {
     "PNDM": (PNDMScheduler, {"skip_prk_steps": True}),
     "DDIM": (DDIMScheduler, {}),
@@ -328,7 +328,7 @@ class Studio:
         """Queues a training; its result is the tuner's file, also when it is stopped after its first step."""
 
         def work(job: Job) -> Path:
-            from .train import Stopped, fit
+            from ..train import Stopped, fit
 
             job.total = run.config.steps
 

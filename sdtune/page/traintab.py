@@ -2,12 +2,12 @@
 
 import gradio as gr
 
+from ..config import TrainConfig
+from ..tuners import TunerConfig
 from . import look
-from .config import TrainConfig
 from .device import in_plain_words
 from .library import kind_name, kinds, matters, thumbnail
 from .studio import Run, command
-from .tuners import TunerConfig
 
 QUIET = dict(show_progress="hidden", api_visibility="private")
 

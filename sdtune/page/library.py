@@ -1,7 +1,6 @@
 """The tuner and LoRA files that the page offers: what their metadata says, and whether they fit the loaded base."""
 
 import base64
-import inspect
 import io
 import re
 import threading
@@ -14,9 +13,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
-from . import attach, baselines, data, store
+from .. import data, pipeline, store
+from ..tuners import BASELINES, KINDS, fields_of
 from .device import StudioError
-from .tuners import BASELINES, KINDS, TunerConfig
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class Library:
             return Item(label, path, "not usable", why=" ".join(str(error).split()), **facts)
         why = ""
         try:
-            store.check_fits(file, _home(file.config).expected_shapes(self._unet, file.config), path.name)
+            store.check_fits(file, pipeline.expected_shapes(self._unet, file.config), path.name)
         except ValueError as error:
             shape = file.base.get("shape") or {}
             own = {k: v for k, v in self._unet.config.items() if k in shape}
@@ -157,7 +156,8 @@ class Library:
         if steps := training.get("steps_done"):
             details += f"; {steps} steps on {training.get('images', '?')} pictures"
         return Item(
-            label, path, kind_name(config.kind), why, str(file.base.get("name", "")), str(file.trigger_words),
+            label, path, " + ".join(kind_name(k) for k in (config.kind, config.ffn_kind) if k), why,
+            str(file.base.get("name", "")), str(file.trigger_words),
             details=details, **facts,
         )  # fmt: skip
 
@@ -193,13 +193,9 @@ def kind_name(kind: str) -> str:
     return short.get(kind) or "-".join(part.capitalize() for part in str(kind).split("_"))
 
 
-def _home(config: TunerConfig):
-    return baselines if config.kind in BASELINES else attach
-
-
 def matters(kind: str, name: str) -> bool:
     """Whether a number of `TunerConfig` has an effect for tuners of this kind."""
-    return name == "rank" if kind in BASELINES else name in inspect.signature(KINDS[kind]).parameters
+    return name in fields_of(kind)
 
 
 def _lists(value):
