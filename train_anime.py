@@ -9,8 +9,6 @@ Every flag is a field of `sdtune.TunerConfig` or `sdtune.TrainConfig`; `--help` 
 import os
 import sys
 
-import diffusers
-import transformers
 from transformers.hf_argparser import HfArgumentParser
 
 from sdtune import TrainConfig, TunerConfig, launch
@@ -34,7 +32,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    # what the libraries say while loading (no torchvision, casts, a bar per file) hides what this script says
+    # only now, since both take seconds; what they say while loading (no torchvision, casts, a bar per file) hides
+    # what this script says
+    import diffusers
+    import transformers
+
     for logging in (transformers.utils.logging, diffusers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -248,9 +248,7 @@ class _Trainer:
         predicts = self.scheduler.config.prediction_type
         say(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {predicts}")
         self.before: list = []  # the base's preview, drawn when the first comparison with it is due
-        if self.heldout and 0 not in self.heldout_losses:
-            with _Evaluating(self):
-                self._measure_heldout()
+        self.unet.train()
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
 
     def step(self) -> None:
@@ -258,7 +256,6 @@ class _Trainer:
         config, accelerator = self.config, self.accelerator
         ranks, batch, parts = accelerator.num_processes, config.batch_size, config.gradient_accumulation_steps
         drawn = draws(config, self.done, ranks * batch * parts, self.data, self.scheduler.config.num_train_timesteps)
-        self.unet.train()
         losses = []
         for part in range(parts):
             first = (part * ranks + accelerator.process_index) * batch
@@ -268,8 +265,7 @@ class _Trainer:
             accelerator.backward(loss.mean() / parts)
         losses = torch.cat(losses).cpu()
         self._require_finite(losses, drawn.index)
-        for kept, p in zip(self.good, self.parameters.values()):
-            kept.copy_(p.detach())
+        torch._foreach_copy_(self.good, [p.detach() for p in self.parameters.values()])
         if ranks > 1:
             self._average_gradients()
         if config.max_grad_norm:
@@ -441,6 +437,9 @@ class _Trainer:
         return after
 
     def _measure_heldout(self) -> None:
+        if 0 not in self.heldout_losses:  # the base's, not before the first step, which should come soon
+            with attach.switched_off(self.unet):
+                self.heldout_losses[0] = self._heldout_errors()
         self.heldout_losses[self.done] = self._heldout_errors()
         means = self.heldout_means()
         if self.config.stop_when and self.done and means[self.done] == min(means.values()):
@@ -525,6 +524,7 @@ class _Evaluating:
             module.to(self.trainer.accelerator.device)
 
     def __exit__(self, *_):
+        self.trainer.pipe.unet.train()
         for module in (self.trainer.pipe.vae, self.trainer.pipe.text_encoder):
             module.to("cpu")
         torch.set_rng_state(self.random)
