@@ -49,7 +49,7 @@ class Page:
 
     def __init__(self, studio: Studio):
         self.studio = studio
-        self.guidance = 4.0 if studio.small else 7.5
+        self.guidance = 3.0 if studio.small else 7.5
         with gr.Blocks(title="sdtune", delete_cache=(3600, 24 * 3600)) as self.blocks:
             self.columns = gr.State([{}])  # what Generate sets side by side: label -> weight, for each column
             self.layout = gr.State(0)  # grows when the cards of the columns must be laid out anew

@@ -45,7 +45,7 @@ class TrainConfig:
     )
     preview_prompts: list[str] = _option([], "prompts to preview; default: the first held-out captions")
     preview_steps: int = _option(30, "sampling steps of a preview")
-    guidance_scale: float | None = _option(None, "guidance of a preview; default: 7.5, or 4 for a small UNet")
+    guidance_scale: float | None = _option(None, "guidance of a preview; default: 7.5, or 3 for a small UNet")
     report_to: str | None = _option(None, "an Accelerate tracker, such as tensorboard")
     resume: bool = _option(False, "continue the run that stopped in the output folder")
 

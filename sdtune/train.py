@@ -212,7 +212,7 @@ class _Trainer:
         # the published rate; for a UNet as small as tiny-sd's a higher one did better on pairs left out of training
         small = self.unet.num_parameters() < 1e8
         rate = config.learning_rate or (3e-3 if small else 1e-4)
-        self.guidance = config.guidance_scale if config.guidance_scale is not None else (4.0 if small else 7.5)
+        self.guidance = config.guidance_scale if config.guidance_scale is not None else (3.0 if small else 7.5)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=rate, weight_decay=config.weight_decay, fused=True
         )

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--no-psnr", action="store_true", help="leave the reconstruction out")
     args = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(args.base)
