@@ -197,7 +197,7 @@ class Evaluation:
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).eval()
         small = self.pipe.unet.num_parameters() < 1e8  # as in the trainer's previews
-        self.guidance = 4.0 if small else 7.5
+        self.guidance = 3.0 if small else 7.5
         self.outside_prompts = OUTSIDE["small" if small else "large"][: settings.prompts]
         self.methods = self._choose(settings.methods)
         self.reference = next(iter(self.methods))

@@ -6,7 +6,7 @@
     python assets/tiny-sd/train.py unet --go-on --minutes 60    # or: trains the base beside this file further
     python assets/tiny-sd/train.py decoder --minutes 20     # optional: the decoder alone, encoder frozen
     python assets/tiny-sd/train.py export                   # writes the diffusers folder beside this file
-    python assets/tiny-sd/train.py check                    # PSNR, concept retrieval, contact sheet
+
 
 Every stage writes a checkpoint into --cache each few minutes, resumes from it when started again, and
 spreads its learning-rate schedule over --minutes of training time, so a slower machine trains less
@@ -399,6 +399,9 @@ def export(cache: Path, out: Path) -> None:
     # transformers loads in the configured dtype, diffusers in fp32: make them agree where no dtype is asked for
     config = json.loads((out / "text_encoder/config.json").read_text())
     (out / "text_encoder/config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    config = json.loads((out / "vae/config.json").read_text())
+    config.pop("_name_or_path", None)  # a folder of this machine
+    (out / "vae/config.json").write_text(json.dumps(config, indent=2) + "\n")
     size = sum(f.stat().st_size for f in out.rglob("*.safetensors")) / 1e6
     print(f"wrote {out}: {size:.1f} MB of weights, UNet after {trainer.spent / 60:.0f} minutes")
 
