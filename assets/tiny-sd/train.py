@@ -6,7 +6,7 @@
     python assets/tiny-sd/train.py unet --go-on --minutes 60    # or: trains the base beside this file further
     python assets/tiny-sd/train.py decoder --minutes 20     # optional: the decoder alone, encoder frozen
     python assets/tiny-sd/train.py export                   # writes the diffusers folder beside this file
-
+    python assets/tiny-sd/check.py                          # PSNR, concept retrieval, contact sheet
 
 Every stage writes a checkpoint into --cache each few minutes, resumes from it when started again, and
 spreads its learning-rate schedule over --minutes of training time, so a slower machine trains less
