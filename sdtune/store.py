@@ -110,7 +110,10 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
     try:
+        part.touch()
+        mode = part.stat().st_mode  # what the user's umask gives; save_file would make it private
         save_file(tensors, part, metadata=metadata)
+        part.chmod(mode)
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(part, path)

@@ -132,6 +132,12 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(file, tensors, monk
     assert file.read_bytes() == before and [p.name for p in file.parent.iterdir()] == ["a.safetensors"]
 
 
+def test_others_may_read_the_file_as_the_umask_says(tensors, tmp_path):
+    (tmp_path / "plain").write_text("")
+    path = store.save(tmp_path / "a.safetensors", store.TunerFile(sdtune.TunerConfig(), tensors))
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_kill_9_while_saving_leaves_a_whole_file(tmp_path):
     code = (
         "import torch, sys; from sdtune import store, TunerConfig\n"
