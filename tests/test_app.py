@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -293,7 +294,7 @@ def number(page, field: str, value) -> None:
     page.locator(f"#{field} input[type=number]").press("Tab")
 
 
-def says(page, where: str, text: str) -> str:
+def says(page, where: str, text: str | re.Pattern) -> str:
     """Waits until a place says something; gives all that it says."""
     page.locator(f"#{where}", has_text=text).wait_for()
     return page.locator(f"#{where}").inner_text()
@@ -353,7 +354,7 @@ def test_columns_side_by_side_and_a_picture_that_remembers(page, tmp_path):
 def test_stop_ends_a_drawing_half_way(page):
     steps(page, 100)
     page.click("#draw")
-    says(page, "generate-status", "step 2 of")
+    says(page, "generate-status", re.compile(r"step ([2-9]|\d\d+) of"))
     page.click("#stop")
     said = says(page, "generate-status", "Stopped at step")
     assert 2 <= int(said.split("step ")[1].split(" of")[0]) < 100
@@ -420,7 +421,6 @@ def test_five_pictures_become_a_tuner_that_can_be_drawn_with(page, pairs, server
     page.get_by_text("More settings").click()
     page.get_by_label("Preview prompts").fill("a girl")
     page.click("#train")
-    says(page, "train-status", "step 1 of 3")
     said = says(page, "train-status", "It is in the library")
     assert "“five-b”" in said and (server[1] / "five-b" / "tuner.safetensors").is_file()
     page.locator("#curve svg").wait_for()
@@ -441,7 +441,7 @@ def test_five_pictures_become_a_tuner_that_can_be_drawn_with(page, pairs, server
     number(page, "train-steps", 5000)
     page.locator("#run-name textarea, #run-name input").fill("stopped early")
     page.click("#train")
-    says(page, "train-status", "step 1 of 5000")
+    says(page, "train-status", re.compile(r"step [1-9]\d* of 5000"))
     page.click("#stop-train")
     says(page, "train-status", "What it learned is in the library")
     tab(page, "Library")
@@ -456,7 +456,7 @@ def test_two_windows_share_the_device_and_nothing_else(page, browser, server):
     steps(page, 100)
     steps(other, 1)
     page.click("#draw")
-    says(page, "generate-status", "step 1 of")
+    says(page, "generate-status", re.compile(r"step [1-9]\d* of"))
     other.click("#draw")
     says(other, "generate-status", "1 ahead of you")
     assert "another window's drawing" in other.locator(".chip").inner_text()
