@@ -22,6 +22,7 @@ from sdtune.page.device import Job, StudioError, in_plain_words
 from sdtune.page.notes import MOST_COLUMNS, Settings, read_png
 from sdtune.page.studio import SAMPLERS, Axis, Studio
 from sdtune.page.traintab import QUIET, train_tab
+from sdtune.pipeline import usual_guidance
 
 EXAMPLES = [
     "a girl with silver hair and red eyes, under cherry blossoms, in anime style",
@@ -49,7 +50,7 @@ class Page:
 
     def __init__(self, studio: Studio):
         self.studio = studio
-        self.guidance = 3.0 if studio.small else 7.5
+        self.guidance = usual_guidance(studio.pipe)
         with gr.Blocks(title="sdtune", delete_cache=(3600, 24 * 3600)) as self.blocks:
             self.columns = gr.State([{}])  # what Generate sets side by side: label -> weight, for each column
             self.layout = gr.State(0)  # grows when the cards of the columns must be laid out anew

@@ -48,7 +48,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import attach, bases, data, pipeline, store, train
+from . import bases, data, pipeline, store, train, trials
 from .config import TrainConfig
 from .tuners import TunerConfig
 
@@ -212,21 +212,13 @@ def _drawing(job: Job) -> Contestant:
     if job.who == RES_ATTN:
         pipeline.add_tuner(pipe)
     elif job.who != BASE:
-        rank = equal_rank(unet)
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS))
+        pipeline.add_tuner(pipe, trials.methods(unet)["lora"])  # of equal parameters
     if job.who == FUSED:
         unet.fuse_lora()
         unet.unload_lora()
     unet.eval()
     inputs = ([PROMPT] * job.batch, list(range(job.batch)))
     return Contestant(unet, partial(pipeline.draw, pipe, *inputs, steps=job.draw_steps, size=job.resolution))
-
-
-def equal_rank(unet) -> int:
-    """The rank at which a LoRA on all attention projections has as many parameters as the default Res-Attn."""
-    tuner = sum(np.prod(shape) for shape in attach.expected_shapes(unet, TunerConfig()).values())
-    layers = [m for n, m in unet.named_modules() if n.endswith(tuple(PROJECTIONS)) and hasattr(m, "in_features")]
-    return max(1, round(tuner / sum(m.in_features + m.out_features for m in layers)))
 
 
 def sd15_shape() -> str:

@@ -44,7 +44,6 @@ from .trials import (
     final_error,
     parameter_count,
     read_json,
-    write_text,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- report
@@ -81,11 +80,11 @@ class Report:
 
     def write(self) -> None:
         output = self.evaluation.output
-        write_text(output / "results.json", json.dumps(self._results(), indent=2) + "\n")
+        store.write_text(output / "results.json", json.dumps(self._results(), indent=2) + "\n")
         self._write_csv(output / "table.csv")
         self._grid().save(output / "grid.png")
         self._curves(output / "curves.png")
-        write_text(output / "table.md", self._markdown())
+        store.write_text(output / "table.md", self._markdown())
         print(self._markdown())
         print(*(output / n for n in ("table.md", "table.csv", "results.json", "grid.png", "curves.png")), sep="\n")
 

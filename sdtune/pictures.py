@@ -33,6 +33,13 @@ def grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str], c
     return out
 
 
+def write(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG, atomically."""
+    part = path.with_name(f".{path.name}.part")
+    picture.save(part, format="PNG")
+    part.replace(path)
+
+
 def distance(a: Image.Image, b: Image.Image) -> float:
     """The mean absolute difference of two pictures of one size, in grey levels (0 to 255)."""
     return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())

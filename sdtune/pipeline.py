@@ -179,6 +179,16 @@ def unet_of(pipe) -> torch.nn.Module:
     return unet
 
 
+def is_small(pipe) -> bool:
+    """Whether the base is of the size of tiny-sd, not of Stable Diffusion: some defaults depend on it."""
+    return unet_of(pipe).num_parameters() < 1e8
+
+
+def usual_guidance(pipe) -> float:
+    """The guidance that suits the base: SD v1.5's usual 7.5, or tiny-sd's 3 (see its model card)."""
+    return 3.0 if is_small(pipe) else 7.5
+
+
 def describe_base(pipe) -> dict:
     """Name, shape and prediction type of a pipeline's base, for the metadata of a tuner file."""
     unet = unet_of(pipe)

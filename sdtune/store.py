@@ -50,6 +50,14 @@ class TunerFile:
     versions: dict = field(default_factory=dict)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file and the folders to it, atomically, also when several processes write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def library_versions() -> dict[str, str]:
     found = {}
     for name in ("sdtune", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"):

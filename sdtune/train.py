@@ -80,6 +80,23 @@ def training_loss(unet, scheduler, latents, noise, timesteps, states, min_snr_ga
     return loss
 
 
+@torch.no_grad()
+def denoising_errors(unet, scheduler, encoded: data.Encoded, noises: int = 1) -> torch.Tensor:
+    """The unweighted loss on each picture as it is (n,), on the CPU: the held-out loss of a run.
+
+    The mean over 8 fixed timesteps, each with the same `noises` draws of noise at every call.
+    """
+    latents, device, total = encoded.mean[:, 0], encoded.mean.device, torch.zeros(len(encoded.names))
+    for draw in range(noises):
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(draw)).to(device)
+        for t in range(60, 1000, 125):
+            for part in torch.arange(len(latents)).split(64):
+                at = torch.full((len(part),), t, device=device)
+                loss = training_loss(unet, scheduler, latents[part], noise[part], at, encoded.text[part])
+                total[part] += loss.cpu() / (8 * noises)
+    return total
+
+
 @dataclass
 class Draws:
     """The random draws of one optimizer step, for all processes together; `size` pictures."""
@@ -210,9 +227,9 @@ class _Trainer:
             self.unet.enable_gradient_checkpointing()
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         # the published rate; for a UNet as small as tiny-sd's a higher one did better on pairs left out of training
-        small = self.unet.num_parameters() < 1e8
-        rate = config.learning_rate or (3e-3 if small else 1e-4)
-        self.guidance = config.guidance_scale if config.guidance_scale is not None else (3.0 if small else 7.5)
+        rate = config.learning_rate or (3e-3 if pipeline.is_small(self.unet) else 1e-4)
+        usual = pipeline.usual_guidance(self.unet)
+        self.guidance = usual if config.guidance_scale is None else config.guidance_scale
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=rate, weight_decay=config.weight_decay, fused=True
         )
@@ -237,7 +254,7 @@ class _Trainer:
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
             text = {"train": self.settings, "tuner": asdict(tuner), "versions": store.library_versions()}
-            _write_text(self.output / "config.json", json.dumps(text, indent=2) + "\n")
+            store.write_text(self.output / "config.json", json.dumps(text, indent=2) + "\n")
         if config.report_to:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.settings.items()}
             self.accelerator.init_trackers("sdtune", {**flat, **{k: str(v) for k, v in asdict(tuner).items()}})
@@ -352,7 +369,7 @@ class _Trainer:
                 torch.save(self.best, part / "best.pt")
             state = {"step": self.done, "losses": self.losses, "heldout": self.heldout_losses,
                      "settings": self.settings, "tuner": asdict(self.tuner)}  # fmt: skip
-            _write_text(part / "state.json", json.dumps(state))
+            store.write_text(part / "state.json", json.dumps(state))
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(part))
         self.accelerator.wait_for_everyone()
@@ -431,7 +448,7 @@ class _Trainer:
         columns = ["base", f"tuned, step {self.kept_step}"] + (["true picture"] if self.true else [])
         rows = [list(row) for row in zip(self.before, after, *([self.true] if self.true else []))]
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_picture(pictures.grid(rows, columns, self.prompts), path)
+        pictures.write(pictures.grid(rows, columns, self.prompts), path)
         if self.config.report_to:
             self.accelerator.log({"held-out loss": self.heldout_means().get(self.done, 0.0)}, step=self.done)
         return after
@@ -445,17 +462,9 @@ class _Trainer:
         if self.config.stop_when and self.done and means[self.done] == min(means.values()):
             self.best = self.done, [p.detach().clone() for p in self.parameters.values()]
 
-    @torch.no_grad()
     def _heldout_errors(self) -> list[float]:
-        """The unweighted loss on each held-out picture, at fixed noise, as a mean over 8 fixed timesteps."""
-        encoded, device = self.heldout, self.accelerator.device
-        noise = torch.randn(encoded.mean[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(device)
-        total = torch.zeros(len(encoded.names), device=device)
-        for t in range(60, 1000, 125):
-            steps = torch.full((len(encoded.names),), t, device=device)
-            with self.accelerator.autocast():
-                total += training_loss(self.unet, self.scheduler, encoded.mean[:, 0], noise, steps, encoded.text)
-        return (total / 8).tolist()
+        with self.accelerator.autocast():
+            return denoising_errors(self.unet, self.scheduler, self.heldout).tolist()
 
     def heldout_means(self) -> dict[int, float]:
         return {step: sum(losses) / len(losses) for step, losses in self.heldout_losses.items()}
@@ -581,15 +590,3 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             # `accelerate launch` without --cpu sets OMP_NUM_THREADS=1, with GPUs in mind
             torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return accelerator
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def _write_picture(picture, path: Path) -> None:
-    part = path.with_name(f".{path.name}.part")
-    picture.save(part, format="PNG")
-    part.replace(path)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from . import bases, data, drawing, measures, pipeline, store
 from .config import TrainConfig
-from .train import Stopped, TrainError, fit, training_loss
+from .train import Stopped, TrainError, denoising_errors, fit
 from .tuners import TunerConfig
 
 ROOT = Path(__file__).parent.parent
@@ -196,9 +196,8 @@ class Evaluation:
         self.pipe = bases.load_base(settings.base).to(self.device)
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).eval()
-        small = self.pipe.unet.num_parameters() < 1e8  # as in the trainer's previews
-        self.guidance = 3.0 if small else 7.5
-        self.outside_prompts = OUTSIDE["small" if small else "large"][: settings.prompts]
+        self.guidance = pipeline.usual_guidance(self.pipe)
+        self.outside_prompts = OUTSIDE["small" if pipeline.is_small(self.pipe) else "large"][: settings.prompts]
         self.methods = self._choose(settings.methods)
         self.reference = next(iter(self.methods))
         self._keep_apart()
@@ -237,7 +236,7 @@ class Evaluation:
                 "--output, or delete the folder"
             )
         if self.rank == 0:
-            write_text(path, json.dumps(then | now, indent=2))
+            store.write_text(path, json.dumps(then | now, indent=2))
 
     def run(self) -> None:
         """This process's share of the work; the first one waits for all and writes the report."""
@@ -276,7 +275,7 @@ class Evaluation:
                     file = self.folder(task, label, found["rate"], seed) / store.FILE_NAME
                     if file.exists() and not run["failed"]:
                         self.measure(task, file.parent, file, seed)
-        write_text(task.folder / name / "done.json", json.dumps(found, indent=1))
+        store.write_text(task.folder / name / "done.json", json.dumps(found, indent=1))
 
     def choose_rate(self, task: Task, name: str) -> dict:
         """Trains on three quarters of the training pairs at every rate, and measures on the rest.
@@ -348,9 +347,9 @@ class Evaluation:
             encoded, run["validation"] = self.encode(task.validation), {}
             for checkpoint in [None, *sorted((folder / "checkpoints").glob("step-*"))]:
                 with self._tuned(checkpoint), self._autocast():
-                    errors = denoising_errors(self.pipe, encoded, noises=2)
+                    errors = self._errors(encoded, noises=2)
                 run["validation"][int(checkpoint.name[5:]) if checkpoint else 0] = errors.tolist()
-        write_text(folder / "run.json", json.dumps(run))
+        store.write_text(folder / "run.json", json.dumps(run))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return read_json(folder / "run.json")
 
@@ -365,6 +364,10 @@ class Evaluation:
             yield {name: 1.0}
         finally:
             pipeline.unload_tuner(self.pipe, name)
+
+    def _errors(self, encoded: data.Encoded, noises: int = 1) -> torch.Tensor:
+        scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        return denoising_errors(self.pipe.unet, scheduler, encoded, noises)
 
     def _autocast(self):
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -405,7 +408,7 @@ class Evaluation:
         pairs = [data.Pair(p, p, lambda image=image: image) for p, image in zip(self.outside_prompts, images)]
         encoded = self.encode(pairs)
         with self._autocast():
-            errors = denoising_errors(self.pipe, encoded)
+            errors = self._errors(encoded)
         return encoded, {"outside": measures.features(images, self.device), "outside_errors": errors}
 
     def measure(self, task: Task, folder: Path, file: Path | None, seed: int) -> None:
@@ -422,8 +425,8 @@ class Evaluation:
             seconds = (time.perf_counter() - start) / len(prompts)
             others = self._draw(self.outside_prompts, 0, adapters)
             found = {
-                "errors": denoising_errors(self.pipe, self.encoded(task)),
-                "outside_errors": denoising_errors(self.pipe, outside),
+                "errors": self._errors(self.encoded(task)),
+                "outside_errors": self._errors(outside),
             }
         found |= {"features": measures.features(drawn, device), "colours": measures.colours(drawn),
                   "outside": measures.features(others, device), "seconds": torch.tensor([seconds])}  # fmt: skip
@@ -434,24 +437,6 @@ class Evaluation:
         part = folder / ".measured.part"
         save_file(found, part)
         part.replace(folder / "measured.safetensors")
-
-
-@torch.no_grad()
-def denoising_errors(pipe, encoded: data.Encoded, noises: int = 1) -> torch.Tensor:
-    """The mean squared error of the predicted noise (or velocity) on each picture (n,), as `train`'s held-out loss.
-
-    The mean over 8 timesteps, each with the same `noises` draws of noise at every call; on the CPU.
-    """
-    scheduler, device = DDPMScheduler.from_config(pipe.scheduler.config), encoded.mean.device
-    latents, total = encoded.mean[:, 0], torch.zeros(len(encoded.names))
-    for draw in range(noises):
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(draw)).to(device)
-        for t in range(60, 1000, 125):
-            for part in torch.arange(len(latents)).split(64):
-                at = torch.full((len(part),), t, device=device)
-                loss = training_loss(pipe.unet, scheduler, latents[part], noise[part], at, encoded.text[part])
-                total[part] += loss.cpu() / (8 * noises)
-    return total
 
 
 def final_error(run: dict) -> float:
@@ -487,10 +472,3 @@ class _Memory:
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -106,17 +106,19 @@ def test_a_tuner_in_fp32_beside_a_base_in_bf16_computes_in_fp32_with_and_without
         torch.testing.assert_close(predict(unet).float(), full, atol=0.1, rtol=0.1)
 
 
-def test_gradients_are_the_same_with_gradient_checkpointing(unet):
-    sdtune.add_tuner(unet, sdtune.TunerConfig(ops=[*ALL, "block"]), adapter_name="new")
-    stir(unet, "new", 0)
-    parameters = attach.parameters_of(unet, "new")
+def in_training(unet, name):
+    """The parameters of a tuner, alone trainable now, and what gives their gradients."""
+    parameters = attach.parameters_of(unet, name)
     unet.requires_grad_(False).train()
     for p in parameters.values():
         p.requires_grad_(True)
+    return parameters, lambda: torch.autograd.grad(unet(*inputs()).sample.square().sum(), list(parameters.values()))
 
-    def gradients():
-        return torch.autograd.grad(unet(*inputs()).sample.square().sum(), list(parameters.values()))
 
+def test_gradients_are_the_same_with_gradient_checkpointing(unet):
+    sdtune.add_tuner(unet, sdtune.TunerConfig(ops=[*ALL, "block"]), adapter_name="new")
+    stir(unet, "new", 0)
+    parameters, gradients = in_training(unet, "new")
     plain = gradients()
     unet.enable_gradient_checkpointing()
     for key, a, b in zip(parameters, plain, gradients()):
@@ -400,14 +402,7 @@ def test_each_kind_beside_each_operation_starts_at_zero_and_adds_only_its_own_we
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_trains_from_its_start_and_alike_with_gradient_checkpointing(unet, kind):
     sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(OPS)), "new")
-    parameters = attach.parameters_of(unet, "new")
-    unet.requires_grad_(False).train()
-    for p in parameters.values():
-        p.requires_grad_(True)
-
-    def gradients():
-        return torch.autograd.grad(unet(*inputs()).sample.square().sum(), list(parameters.values()))
-
+    parameters, gradients = in_training(unet, "new")
     first = gradients()
     assert any(g.any() for g in first)  # there is a way out of zero
     for p, g in zip(parameters.values(), first):

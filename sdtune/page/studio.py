@@ -99,7 +99,6 @@ class Studio:
         self.pipe = sdtune.load_base(base, torch.float16 if on_gpu else torch.float32)
         self.pipe.to("cuda" if on_gpu else "cpu")
         self.side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-        self.small = self.pipe.unet.num_parameters() < 1e8
         self._scheduler = self.pipe.scheduler
         own = type(self._scheduler).__name__
         self.sampler = next((n for n, (c, _) in SAMPLERS.items() if c.__name__ == own), "DDIM")
