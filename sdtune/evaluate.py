@@ -282,15 +282,12 @@ class Report:
         """Per task: validation error by learning rate, and by step at the chosen one; held-out error, compared."""
         from matplotlib.figure import Figure  # no pyplot: no global state
 
-        figure = Figure(figsize=(14, 4.2 * len(self.rows)), dpi=100, layout="constrained")
-        grid = figure.subplots(len(self.rows), 3, squeeze=False)
-        for (task, rows), (by_rate, by_step, heldout) in zip(self.rows.items(), grid):
-            for i, (name, done) in enumerate(self.done[task].items()):
-                style = {"color": f"C{i % 10}", "label": name, "linestyle": "-" if i < 10 else "--"}
-                errors = {float(rate): final_error(run) for rate, run in done["rates"].items()}
-                by_rate.plot(list(errors), list(errors.values()), "o", **style)
-                curve = done["rates"].get(f"{done['rate']:g}", {}).get("validation", {}) if done["rate"] else {}
-                by_step.plot([int(s) for s in curve], [statistics.mean(e) for e in curve.values()], **style)
+        panels = 3 if len(self.settings.rates) > 1 else 1  # one rate is taken as it is, and nothing validated
+        figure = Figure(figsize=(14 if panels == 3 else 7, 4.2 * len(self.rows)), dpi=100, layout="constrained")
+        grid = figure.subplots(len(self.rows), panels, squeeze=False)
+        for (task, rows), (*validation, heldout) in zip(self.rows.items(), grid):
+            if validation:
+                self._plot_validation(task, *validation)
             first = next(r for r in rows if r.label == self.reference)
             others = [r for r in rows if r.label in (SHUFFLED, *self.evaluation.methods) and r.against(first, "error")]
             for i, e in enumerate(r.against(first, "error") for r in others):
@@ -299,14 +296,23 @@ class Report:
             heldout.axvline(0, color="#999999", linewidth=1)
             heldout.set_yticks(range(len(others)), [r.label for r in others])
             heldout.invert_yaxis()
-            by_rate.set(xlabel="learning rate", ylabel="validation error at the end", title=task, xscale="log")
-            by_step.set(xlabel="step", ylabel="validation error", title="at the chosen rate")
-            heldout.set(xlabel="held-out error, 95 % interval", title=f"difference to {self.reference}")
-            by_rate.legend(frameon=False, fontsize=8)
-            for axes in (by_rate, by_step, heldout):
+            heldout.locator_params(axis="x", nbins=5)
+            heldout.set(xlabel="held-out error, 95 % interval", title=f"{task}: difference to {self.reference}")
+            for axes in (*validation, heldout):
                 axes.spines[["top", "right"]].set_visible(False)
                 axes.grid(alpha=0.3)
         figure.savefig(path)
+
+    def _plot_validation(self, task: str, by_rate, by_step) -> None:
+        for i, (name, done) in enumerate(self.done[task].items()):
+            style = {"color": f"C{i % 10}", "label": name, "linestyle": "-" if i < 10 else "--"}
+            errors = {float(rate): final_error(run) for rate, run in done["rates"].items()}
+            by_rate.plot(list(errors), list(errors.values()), "o", **style)
+            curve = done["rates"].get(f"{done['rate']:g}", {}).get("validation", {}) if done["rate"] else {}
+            by_step.plot([int(s) for s in curve], [statistics.mean(e) for e in curve.values()], **style)
+        by_rate.set(xlabel="learning rate", ylabel="validation error at the end", title=task, xscale="log")
+        by_step.set(xlabel="step", ylabel="validation error", title="at the chosen rate")
+        by_rate.legend(frameon=False, fontsize=8)
 
 
 def _verdict(difference: Estimate | None, column: Column) -> str:
