@@ -353,7 +353,8 @@ def train_unet(cache: Path, minutes: float, batch: int, go_on: bool) -> None:
         text.load_state_dict(CLIPTextModel.from_pretrained(HERE / "text_encoder").state_dict())
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(HERE / "unet").state_dict())
     print(f"UNet {unet.num_parameters() / 1e6:.2f} M, text {text.num_parameters() / 1e6:.2f} M, scale {scale:.4f}")
-    trainer = Trainer({"text": text, "unet": unet}, cache / "unet.pt", minutes, 0.01, 1.5e-3)
+    hold = 0.0 if go_on else 0.3  # a trained base gains most as the rate falls
+    trainer = Trainer({"text": text, "unet": unet}, cache / "unet.pt", minutes, 0.01, 1.5e-3, hold)
     scheduler = DDPMScheduler(**SCHEDULE)
     rng = random.Random(trainer.step_count)
     torch.manual_seed(trainer.step_count)
