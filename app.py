@@ -320,7 +320,8 @@ class Page:
                                info=f"From picture to picture, {label.lower()}.")  # fmt: skip
             title, info, value = AXIS_TEXTS[start]
             text = gr.Textbox(value, label=title, info=info, elem_id=f"values-{label.lower()}")
-            pick = gr.Dropdown([], multiselect=True, label="Which", info="In this order.", visible=False)
+            pick = gr.Dropdown([], multiselect=True, label="Which", info="In this order.", visible=False,
+                               elem_id=f"which-{label.lower()}")  # fmt: skip
         return axis, text, pick
 
     def _labels(self, axis: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The page as people use it: a real server, a real browser, the real base with few steps; and what stands behind it."""
 
+import http.server
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -242,33 +244,44 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="module")
-def server(files, tmp_path_factory):
-    """A running app.py: (its address, its output folder)."""
-    output = tmp_path_factory.mktemp("app") / "output"
-    output.mkdir()
-    shutil.copy(files / "one.safetensors", output / "one.safetensors")
-    shutil.copy(files / "lora" / "pytorch_lora_weights.safetensors", output / "my_lora.safetensors")
-    a_misfit(output / "misfit.safetensors")
-    (output.parent / "secret.txt").write_text("secret")
+@contextmanager
+def running(output: Path, *options: str, **environment: str):
+    """A running app.py; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = output.parent / "log.txt"
-    command = [sys.executable, "app.py", "--port", str(port), "--output", str(output)]
+    command = [sys.executable, "app.py", "--port", str(port), "--output", str(output), *options]
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        )
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        )  # fmt: skip
     end = time.monotonic() + 180
     while "Running on local URL" not in log.read_text():
         assert process.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}", output
+    yield f"http://127.0.0.1:{port}"
     assert process.poll() is None, log.read_text()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0, log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def server(files, tmp_path_factory):
+    """A running app.py with a small library: (its address, its output folder)."""
+    output = tmp_path_factory.mktemp("app") / "output"
+    for step, name in ((2, "one"), (4, "two")):
+        folder = output / "run" / "checkpoints" / f"step-{step:06}"
+        folder.mkdir(parents=True)
+        shutil.copy(files / f"{name}.safetensors", folder / "tuner.safetensors")
+    shutil.copy(files / "one.safetensors", output / "one.safetensors")
+    shutil.copy(files / "lora" / "pytorch_lora_weights.safetensors", output / "my_lora.safetensors")
+    a_misfit(output / "misfit.safetensors")
+    (output.parent / "secret.txt").write_text("secret")
+    with running(output) as address:
+        yield address, output
 
 
 @pytest.fixture
@@ -397,6 +410,97 @@ def test_a_grid_over_two_axes_and_the_weight_slider(page):
     says(page, "live-status", "weight 1.05")
     first, second = shots(page, "live")
     assert first != second
+
+
+def choose(page, field: str, option: str) -> None:
+    """Picks an option of a dropdown."""
+    page.locator(f"#{field} input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def test_a_grid_over_tuners_prompts_checkpoints_and_guidance(page):
+    tab(page, "Compare")
+    number(page, "grid-steps", 1)
+    choose(page, "axis-across", "tuner or LoRA")
+    page.locator("#which-across").wait_for()
+    assert not page.locator("#grid-tuner").is_visible(), "an axis decides it"
+    choose(page, "axis-down", "prompt")
+    page.locator("#values-down textarea").fill("a girl\na boy\na cat")
+    page.click("#draw-grid")
+    says(page, "grid-status", "Drawn in")
+    width, height = page.locator("#grid img.shot").evaluate("i => [i.naturalWidth, i.naturalHeight]")
+    assert width > 4 * 192 and height > 3 * 192
+
+    choose(page, "axis-across", "training checkpoint")
+    page.locator("#which-across", has_text="run @ step 4").wait_for()
+    choose(page, "axis-down", "guidance")
+    page.locator("#values-down textarea, #values-down input").fill("1, 5")
+    old = page.locator("#grid img.shot").evaluate("i => i.src")
+    page.click("#draw-grid")
+    page.wait_for_function("old => document.querySelector('#grid img.shot').src != old", arg=old)
+    width, height = page.locator("#grid img.shot").evaluate("i => [i.naturalWidth, i.naturalHeight]")
+    assert 2 * 192 < width < 3 * 192 + 100 and 2 * 192 < height < 3 * 192
+    choose(page, "axis-down", "tuner or LoRA")
+    page.click("#draw-grid")
+    says(page, "grid-status", "both axes change the same thing")
+
+
+@pytest.fixture
+def hub(files):
+    """A hub on this machine that holds one repository, ann/style, with one tuner; its address."""
+    content = (files / "two.safetensors").read_bytes()
+    facts = {"id": "ann/style", "siblings": [{"rfilename": "tuner.safetensors", "size": len(content)}]}
+    answers = {
+        "/api/models/ann/style": ("application/json", json.dumps(facts).encode()),
+        "/ann/style/resolve/main/tuner.safetensors": ("application/octet-stream", content),
+    }
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind, body = answers.get(self.path.partition("?")[0], ("text/plain", b""))
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", '"1"')
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{hub.server_port}"
+        hub.shutdown()
+
+
+def test_a_name_and_password_are_asked_for_and_the_hub_gives_a_tuner(browser, hub, tmp_path):
+    online = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    with running(tmp_path / "output", "--auth", "ann:a:b", **online) as address:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}/config")
+        assert refused.value.code == 401
+        page = browser.new_page()
+        page.set_default_timeout(SOON)
+        page.goto(address)
+        page.get_by_label("username").fill("ann")
+        assert page.locator("#cards").count() == 0
+        page.get_by_label("password").fill("a:b")
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_selector("#cards .card")
+
+        tab(page, "Library")
+        asked = {"ann": "is not a hub id", "ann/nothing": "does not give ann/nothing", "ann/style": "Added ann/style"}
+        for name, answer in asked.items():
+            page.locator("#hub input, #hub textarea").fill(name)
+            page.keyboard.press("Enter")
+            says(page, "library-status", answer)
+        says(page, "shelf", "ann--style")
+        page.close()
 
 
 def test_five_pictures_become_a_tuner_that_can_be_drawn_with(page, pairs, server, tmp_path):

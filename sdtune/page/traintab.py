@@ -1,15 +1,21 @@
 """The Train tab of `app.py`: pictures and captions in, the run's curve and previews, the result to use."""
 
+import json
+
 import gradio as gr
 
 from ..config import TrainConfig
 from ..tuners import TunerConfig
 from . import look
-from .device import in_plain_words
+from .device import StudioError, in_plain_words
 from .library import kind_name, kinds, matters, thumbnail
 from .studio import Run, command
 
 QUIET = dict(show_progress="hidden", api_visibility="private")
+# The captions as they stand in the table, in place of what the server knows: the table is laid out anew for each drop,
+# and a listener of its own boxes would be gone if a click came in that instant.
+CAPTIONS = """(drop, captions, ...fields) =>
+    [drop, JSON.stringify([...document.querySelectorAll("#pairs textarea")].map(box => box.value)), ...fields]"""
 
 
 def train_tab(page) -> tuple:
@@ -31,7 +37,7 @@ def train_tab(page) -> tuple:
                 file_count="multiple", height=150, elem_id="pictures",
             )  # fmt: skip
             problems = gr.HTML(elem_id="problems")
-            pairs = gr.Column()
+            pairs, captions = gr.Column(elem_id="pairs"), gr.Textbox(visible=False)
             with gr.Row():
                 name = gr.Textbox("my-style", label="Name", info="Of the tuner, in the library.", elem_id="run-name")
                 kind = gr.Dropdown([(kind_name(k), k) for k in kinds()], value="res_attn", label="Tuner",
@@ -53,13 +59,11 @@ def train_tab(page) -> tuple:
             preview = gr.HTML(js_on_load=look.LIGHTBOX, elem_id="preview")
             use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
     fields = [source, name, kind, steps, *form.values()]
-    for field in fields:  # Gradio does not see that `table` below reads them
-        field.interactive = True
 
-    def plan(drop, values) -> tuple[Run, list[str]]:
-        """The training that the form asks for, and the captions as they stand."""
-        captions, (source, name, kind, steps, *more) = values[: -len(fields)], values[-len(fields) :]
-        return studio.plan(drop, captions, source, name or "", kind, steps, dict(zip(form, more))), list(captions)
+    def plan(drop, captions, values) -> Run:
+        """The training that the form asks for."""
+        source, name, kind, steps, *more = values
+        return studio.plan(drop, captions, source, name or "", kind, steps, dict(zip(form, more)))
 
     def wrong_with(drop, captions, resolution=None) -> list[str]:
         if drop is None or not drop.pairs:
@@ -84,11 +88,13 @@ def train_tab(page) -> tuple:
     def ready(start: bool):
         """What a click on Train does, or on the button that only keeps the pictures."""
 
-        def on_click(request: gr.Request, drop, *values):
+        def on_click(request: gr.Request, drop, captions, *values):
             try:
-                run, captions = plan(drop, values)
-                told = ""
-                if values[-len(fields)] == "own":
+                captions, told = json.loads(captions), ""
+                if values[0] == "own" and drop is not None and len(captions) != len(drop.pairs):
+                    raise StudioError("the table of captions was still being laid out; look at it, and click again")
+                run = plan(drop, captions, values)
+                if values[0] == "own":
                     if wrong := wrong_with(drop, captions, run.config.resolution):
                         return tell(drop, wrong), gr.skip(), gr.skip()
                     studio.keep(drop, captions, run)
@@ -104,7 +110,7 @@ def train_tab(page) -> tuple:
     def on_change(drop, *values):
         try:
             captions = [caption for _, caption in drop.pairs] if drop else []
-            return command(plan(drop, [*captions, *values])[0])
+            return command(plan(drop, captions, values))
         except (ValueError, OSError) as error:
             return in_plain_words(error)
 
@@ -123,12 +129,12 @@ def train_tab(page) -> tuple:
                             gr.HTML(look.thumb(thumbnail(found.folder / file, 144), file), elem_classes="thumb")
                             boxes.append(gr.Textbox(caption, label=f"Caption of {file[:80]}", lines=2, scale=1,
                                                     placeholder="what this picture shows"))  # fmt: skip
-            everything = [drop, *boxes, *fields]
-            start.click(ready(True), everything, [problems, line, start], **QUIET)
-            save.click(ready(False), everything, [problems, line, start], **QUIET)
             for box in boxes:
                 box.blur(lambda d, *captions: tell(d, wrong_with(d, captions)), [drop, *boxes], problems, **QUIET)
 
+    everything = [drop, captions, *fields]
+    start.click(ready(True), everything, [problems, line, start], js=CAPTIONS, **QUIET)
+    save.click(ready(False), everything, [problems, line, start], js=CAPTIONS, **QUIET)
     files.change(on_files, files, [drop, problems], **QUIET)
     source.change(lambda s: (gr.update(visible=s == "own"), gr.update(visible=s == "own"), ""), source,
                   [files, save, problems], **QUIET)  # fmt: skip
