@@ -21,7 +21,7 @@ class TrainConfig:
     data: str = _option("assets/anime", "folder of images and captions, or a hub data set")
     base: str = _option("tiny-sd", "tiny-sd, a diffusers folder, a .safetensors checkpoint, or a hub id")
     output: str = _option("output/anime", "folder for the tuner, previews, loss curve and checkpoints")
-    steps: int = _option(600, "optimizer steps")
+    steps: int = _option(500, "optimizer steps")
     batch_size: int = _option(10, "images per step and process")
     gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
     learning_rate: float | None = _option(None, "default: 1e-4, as published; 3e-3 for a UNet as small as tiny-sd's")

@@ -547,7 +547,13 @@ def test_five_pictures_become_a_tuner_that_can_be_drawn_with(page, pairs, server
     page.click("#train")
     says(page, "train-status", re.compile(r"step [1-9]\d* of 5000"))
     page.click("#stop-train")
-    says(page, "train-status", "What it learned is in the library")
+    said = says(page, "train-status", "What it learned is in the library")
+    page.click("#go-on")
+    says(page, "train-status", re.compile(r": step [1-9]\d* of 5000"))
+    page.click("#stop-train")
+    again = says(page, "train-status", "What it learned is in the library")
+    before, after = (int(text.split("at step ")[1].split(" of")[0]) for text in (said, again))
+    assert after > before
     tab(page, "Library")
     says(page, "shelf", "stopped-early @ step")
 

@@ -43,6 +43,7 @@ class Job:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # of a training
     run: object = None  # the `studio.Run` of a training
+    unfinished: bool = False  # a training that was stopped after a step, and can go on
 
     @property
     def over(self) -> bool:

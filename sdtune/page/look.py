@@ -165,7 +165,7 @@ def training(job: Job, name: str, ahead: int) -> str:
         return said(job.error, bad=True)
     if job.state == "stopped":
         return said("Stopped before the first step; nothing was learned yet.")
-    if job.state == "done" and job.note:
+    if job.state == "done" and job.unfinished:
         return said(f"“{name}” stopped at step {job.done} of {job.total}. What it learned is in the library.")
     if job.state == "done":
         return said(f"“{name}” is done, after {job.seconds:.0f} seconds. It is in the library.")

@@ -323,8 +323,12 @@ class Studio:
             drop.write(part, captions)
             part.rename(folder)
 
-    def train(self, owner: str, run: Run) -> Job:
-        """Queues a training; its result is the tuner's file, also when it is stopped after its first step."""
+    def train(self, owner: str, run: Run, losses: Sequence[float] = ()) -> Job:
+        """Queues a training; its result is the tuner's file, also when it is stopped after its first step.
+
+        Args:
+            losses: of the steps before, where it goes on.
+        """
 
         def work(job: Job) -> Path:
             from ..train import Stopped, fit
@@ -342,15 +346,27 @@ class Studio:
             try:
                 return fit(run.config, run.tuner, on_step).tuner
             except Stopped:
-                job.note = "stopped"
+                job.unfinished = True
                 kept = sorted((Path(run.config.output) / "checkpoints").glob(f"step-*/{store.FILE_NAME}"))
                 return kept[-1]
             finally:
                 self.library.scan()
 
-        job = Job(owner, "training", "training", work, total=run.config.steps, run=run)
+        job = Job(owner, "training", "training", work, total=run.config.steps, run=run, losses=list(losses))
         self._trainings = {**self._trainings, owner: self.device.submit(job)}
         return job
+
+    def go_on(self, owner: str) -> Job:
+        """Queues the rest of the training that a window shows, which was stopped.
+
+        Raises:
+            StudioError: if there is none, or another one of this window is under way.
+        """
+        job = self.training_of(owner)
+        if job is None or not job.unfinished:
+            raise StudioError("no stopped training is there to go on with; click on Train for a new one")
+        config = dataclasses.replace(job.run.config, resume=True)
+        return self.train(owner, Run(config, job.run.tuner), job.losses)
 
     def training_of(self, owner: str) -> Job | None:
         """The training that a window shows: its own last one, else one whose window was closed and that goes on."""

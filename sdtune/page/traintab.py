@@ -57,7 +57,9 @@ def train_tab(page) -> tuple:
             status = gr.HTML(look.empty("Drop pictures, look at their captions, and train."), elem_id="train-status")
             chart = gr.HTML(elem_id="curve")
             preview = gr.HTML(js_on_load=look.LIGHTBOX, elem_id="preview")
-            use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
+            with gr.Row():
+                use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
+                go_on = gr.Button("Go on training", visible=False, elem_id="go-on")
     fields = [source, name, kind, steps, *form.values()]
 
     def plan(drop, captions, values) -> Run:
@@ -149,17 +151,18 @@ def train_tab(page) -> tuple:
     def on_tick(shown, request: gr.Request):
         job = studio.training_of(request.session_hash)
         if job is None:
-            return [gr.skip()] * 7
+            return [gr.skip()] * 8
         pictures = job.run.previews() if job.run else []
         new = [id(job), job.state, job.done, studio.device.ahead(job), len(pictures)]
         if new == shown:
-            return [gr.skip()] * 7
+            return [gr.skip()] * 8
         old_picture = shown[:1] == new[:1] and shown[4:] == new[4:]
         view = gr.skip() if old_picture else look.sheet([("preview", [studio.show(pictures[-1])])]) if pictures else ""
         return [
             new, look.training(job, job.run.name, studio.device.ahead(job)), look.curve(job.losses, job.total), view,
             gr.Button(interactive=job.over), gr.Button(interactive=not job.over),
             gr.Button(visible=job.over and job.result is not None and studio.label_of(job) is not None),
+            gr.Button(visible=job.over and job.unfinished),
         ]  # fmt: skip
 
     def on_use(layout, request: gr.Request):
@@ -169,8 +172,16 @@ def train_tab(page) -> tuple:
             return [gr.skip()] * 4
         return [[{}, {label: 1.0}], layout + 1, gr.Tabs(selected="generate"), studio.first_prompt(job) or gr.skip()]
 
+    def on_go_on(request: gr.Request):
+        try:
+            studio.go_on(request.session_hash)
+        except StudioError as error:
+            return look.said(str(error), bad=True), gr.skip()
+        return "", gr.Button(visible=False)
+
+    go_on.click(on_go_on, None, [problems, go_on], **QUIET)
     use.click(on_use, page.layout, [page.columns, page.layout, page.tabs, page.prompt], **QUIET)
-    return on_tick, shown, [shown, status, chart, preview, start, stop, use]
+    return on_tick, shown, [shown, status, chart, preview, start, stop, use, go_on]
 
 
 def _more(base: str, default: TrainConfig, kind) -> dict:

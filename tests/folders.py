@@ -1,0 +1,68 @@
+"""Makes folders of pictures and captions for the tests, and reads them with `data.read`."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdtune import data
+from sdtune.data import DataError
+
+SIDE = 16
+RED = (200, 30, 40)
+
+
+def put(path, size=(SIDE, SIDE), mode="RGB", color=RED, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path, **options)
+    return path
+
+
+def sidecar(path, text="a girl") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def jsonl(folder, *rows) -> None:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def row(name, text="a girl") -> dict:
+    return {"file_name": name, "text": text}
+
+
+def pairs(folder, split="train") -> dict[str, str]:
+    return {p.name: p.caption for p in data.read(folder, SIDE, split, lambda _: None)}
+
+
+def notes(folder, split="train") -> list[str]:
+    lines = []
+    data.read(folder, SIDE, split, lines.append)
+    return lines
+
+
+def problems(folder, split="train") -> list[str]:
+    with pytest.raises(DataError) as caught:
+        data.read(folder, SIDE, split, lambda _: None)
+    for line in caught.value.problems:
+        assert line in str(caught.value) and line.isprintable()
+    return caught.value.problems
+
+
+def only_problem(folder, *parts) -> None:
+    (line,) = problems(folder)
+    for part in parts:
+        assert part in line
+
+
+def opened(folder, name) -> np.ndarray:
+    """The picture of one pair as an (h, w, 3) array."""
+    sidecar(folder / (os.path.splitext(name)[0] + ".txt"))
+    (pair,) = (p for p in data.read(folder, SIDE, log=lambda _: None) if p.name == name)
+    image = pair.open()
+    assert image.mode == "RGB"
+    return np.asarray(image)
