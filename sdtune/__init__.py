@@ -13,7 +13,6 @@ _HOME = {
     "add_tuner": "pipeline",
     "save_tuner": "pipeline",
     "unload_tuner": "pipeline",
-    "draw": "pipeline",
     "Cell": "drawing",
     "compare": "drawing",
     "draw_cells": "drawing",
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from .config import TrainConfig
     from .data import DataError
     from .drawing import Cell, compare, draw_cells
-    from .pipeline import add_tuner, draw, load_tuner, save_tuner, unload_tuner
+    from .pipeline import add_tuner, load_tuner, save_tuner, unload_tuner
     from .store import TunerFileError
     from .train import fit
     from .tuners import ResAttn, TunerConfig

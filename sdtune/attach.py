@@ -7,6 +7,7 @@ every key of the backbone stays as it was. The module that holds the tuners of o
 `cross_attention_kwargs={"scale": s}` to drive a tuner like a LoRA, and to mix the two.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .tuners import Beside, TunerConfig, Widths, build
+from .tuners import FULL, Beside, FullTuning, Tuner, TunerConfig, Widths, build
 
 _CHILD = "res_tuner"  # the name under which an operation holds its tuners
+_ADAPTERS = re.compile(rf"(^|\.)(lora_\w+|{_CHILD})(\.|$)")  # in the paths of what belongs to adapters
 
 
 class TunerPeftConfig(PeftConfig):
@@ -36,17 +38,21 @@ class TunerPeftConfig(PeftConfig):
 class Operation:
     """A frozen operation: `name` in `tuners.OPS`, its module, and the block that it is in, or is.
 
-    Kept as an attribute, it makes neither of them a submodule.
+    For full fine-tuning it is a single layer of the UNet, without a block. Kept as an attribute, it makes neither of
+    them a submodule.
     """
 
     name: str
     module: nn.Module
-    block: BasicTransformerBlock
+    block: BasicTransformerBlock | None = None
+
+    def new_tuner(self, config: TunerConfig) -> Tuner:
+        return FullTuning(self.module) if config.kind == FULL else build(config, self.name, self.widths)
 
     @property
-    def attention(self) -> nn.Module:
+    def attention(self) -> nn.Module | None:
         """The frozen attention that a tuner may use: its own operation, or the block's attn1 (our reading)."""
-        return self.block.attn2 if self.name == "attn2" else self.block.attn1
+        return self.block and (self.block.attn2 if self.name == "attn2" else self.block.attn1)
 
     @property
     def widths(self) -> Widths:
@@ -74,7 +80,7 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
 
     def forward(self, x: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The weighted sum of the active tuners at x (B, N, dim), or None where there is none.
+        """The weighted sum of the active tuners at x, (B, N, dim) beside `tuners.OPS`, or None where there is none.
 
         `text` (B, L, text width) is what the operation got as `encoder_hidden_states`.
         """
@@ -90,7 +96,7 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
             else:
                 part = self._tune(name, x, text)
                 part = part if scale == 1 else part * scale
-            total = part if total is None else total + part
+            total = part if total is None or part is None else total + part
         return total
 
     def _tune(self, name: str, x: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
@@ -105,18 +111,18 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
             x = self._cast_input_dtype(x, next(tuner.parameters()).dtype)
         return tuner(x, Beside(self.operation.attention, text))
 
-    def _per_sample(self, name: str, x: torch.Tensor, text: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
+    def _per_sample(self, name: str, x: torch.Tensor, text: torch.Tensor | None, weights: torch.Tensor):
         """Each sample's result times its own weight; samples of weight 0 are left out where that is possible."""
         weights = _tiled(weights, len(x))
         rows = weights.nonzero()[:, 0]  # on the CPU, as the weights are: no wait for a GPU
         if not len(rows):
-            return torch.zeros_like(x)
+            return None
         if self.tuners[name].calls_base:  # a LoRA in the base may expect the whole batch, too
             rows = torch.arange(len(x))
         weights, rows = weights[rows].to(x.device), rows.to(x.device)
         part = self._tune(name, x[rows], None if text is None else text[rows])
-        part = (part * weights[:, None, None]).to(part.dtype)
-        return part.new_zeros(x.shape).index_copy(0, rows, part)
+        part = (part * _beside_samples(weights, part)).to(part.dtype)
+        return part.new_zeros(len(x), *part.shape[1:]).index_copy(0, rows, part)
 
     # What diffusers and PEFT call on every adapter layer.
 
@@ -180,6 +186,11 @@ def _tiled(weights: torch.Tensor, batch: int) -> torch.Tensor:
     return weights.repeat(batch // len(weights))
 
 
+def _beside_samples(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Weights (B,) in the shape that multiplies x (B, ...) sample by sample."""
+    return weights.view(-1, *[1] * (x.ndim - 1))
+
+
 def _cannot_fuse(names: list[str]) -> str:
     return (
         f"the tuner{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))} cannot be fused into the base's "
@@ -228,16 +239,23 @@ def _load_lora_adapter(unet, *args, **kwargs):
 
 
 def _holders(unet) -> list[tuple[str, ParallelTuners]]:
-    suffix = f".{_CHILD}"
-    return [(n.removesuffix(suffix), m) for n, m in unet.named_modules() if isinstance(m, ParallelTuners)]
+    """Every operation that has tuners beside it: its path in the UNet without adapters, and what holds them."""
+    found = ((n.removesuffix(f".{_CHILD}"), m) for n, m in unet.named_modules() if isinstance(m, ParallelTuners))
+    return [(n.replace(".base_layer", ""), m) for n, m in found]
 
 
 def find_ops(unet, config: TunerConfig) -> dict[str, Operation]:
-    """The operations that `config.ops` names, by their path in the UNet.
+    """The operations that `config.ops` names, by their path in the UNet; for full fine-tuning all its layers.
 
     Raises:
         ValueError: if the model has no transformer block, or a block lacks a named operation.
     """
+    if config.kind == FULL:
+        return {
+            path.replace(".base_layer", ""): Operation("layer", module)  # a LoRA on a layer holds it as its base_layer
+            for path, module in unet.named_modules()
+            if isinstance(module, FullTuning.LAYERS) and module.weight is not None and not _ADAPTERS.search(path)
+        }
     found, lacking = {}, []
     for path, block in unet.named_modules():
         if not isinstance(block, BasicTransformerBlock):
@@ -263,7 +281,7 @@ def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
         return {
             f"{path}.{name}": tuple(p.shape)
             for path, op in find_ops(unet, config).items()
-            for name, p in build(config, op.name, op.widths).named_parameters()
+            for name, p in op.new_tuner(config).named_parameters()
         }
 
 
@@ -299,10 +317,10 @@ def attach(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor
         if device.type == "meta" and any(hasattr(m, "_hf_hook") for m in op.module.modules()):
             raise ValueError("this UNet's weights are offloaded; hand over the pipeline, or remove its hooks first")
         if tensors is None:
-            tuner = build(config, op.name, op.widths)
+            tuner = op.new_tuner(config)
         else:
             with torch.device("meta"):
-                tuner = build(config, op.name, op.widths)
+                tuner = op.new_tuner(config)
             own = {n: tensors[f"{path}.{n}"] for n, _ in tuner.named_parameters()}
             tuner.load_state_dict(own, assign=True)
         tuners[path] = tuner.to(device, unet.dtype).train(op.module.training)
@@ -433,7 +451,7 @@ def _scale_samples(tensors: dict[str, torch.Tensor], layer, args: tuple) -> None
     x, layer.plain_scaling = args[0], dict(layer.scaling)
     for name in tensors.keys() & layer.scaling.keys():
         own = _tiled(tensors[name], len(x)).to(x.device)
-        layer.scaling[name] = layer.scaling[name] * own.view(-1, *[1] * (x.ndim - 1))
+        layer.scaling[name] = layer.scaling[name] * _beside_samples(own, x)
 
 
 def _unscale_samples(layer, args: tuple, output) -> None:
@@ -458,9 +476,9 @@ def detach(unet, name: str, pipe=None) -> None:
     """
     require(unet, name)
     (pipe or unet).delete_adapters(name)
-    for path, holder in _holders(unet):
+    for _, holder in _holders(unet):
         if not holder.tuners:
-            op = unet.get_submodule(path)
+            op = holder.operation.module
             delattr(op, _CHILD)
             for key in [k for k, hook in op._forward_hooks.items() if hook is _add_residual]:
                 del op._forward_hooks[key], op._forward_hooks_with_kwargs[key]

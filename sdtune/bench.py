@@ -5,7 +5,7 @@ trainer with Res-Attn and with LoRA, and the floor, the frozen UNet alone. Conte
 a LoRA of equal parameters as it is and fused. They alternate, all on one copy of the frozen UNet, so the ratios hold on
 a machine whose speed wanders; memory and start-up are measured on each in a process of its own.
 
-This file trains nothing itself: our contestants are `train._Trainer.step`, `train.fit` and `pipeline.draw`.
+This file trains nothing itself: our contestants are `train._Trainer.step`, `train.fit` and `drawing.draw_cells`.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import bases, data, pipeline, store, train, trials
+from . import bases, data, drawing, pipeline, store, train, trials
 from .config import TrainConfig
 from .tuners import TunerConfig
 
@@ -217,8 +217,9 @@ def _drawing(job: Job) -> Contestant:
         unet.fuse_lora()
         unet.unload_lora()
     unet.eval()
-    inputs = ([PROMPT] * job.batch, list(range(job.batch)))
-    return Contestant(unet, partial(pipeline.draw, pipe, *inputs, steps=job.draw_steps, size=job.resolution))
+    adapters = {"tuner_0": 1.0} if job.who in (RES_ATTN, LORA) else {}
+    cells = [drawing.Cell(PROMPT, seed, adapters) for seed in range(job.batch)]
+    return Contestant(unet, partial(drawing.draw_cells, pipe, cells, steps=job.draw_steps, size=job.resolution))
 
 
 def sd15_shape() -> str:
@@ -333,7 +334,7 @@ def _clocks(spent: dict[str, float]):
             spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
 
     watched = {"reading": (data, "read_splits"), "base": (bases, "load_base"), "encoding": (data, "encode"),
-               "previews": (pipeline, "draw")}  # fmt: skip
+               "previews": (drawing, "draw_cells")}  # fmt: skip
     with ExitStack() as stack:
         for name, place in watched.items():
             stack.enter_context(patch.object(*place, partial(timed, name, getattr(*place))))

@@ -24,7 +24,8 @@ class TrainConfig:
     steps: int = _option(500, "optimizer steps")
     batch_size: int = _option(10, "images per step and process")
     gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
-    learning_rate: float | None = _option(None, "default: 1e-4, as published; 3e-3 for a UNet as small as tiny-sd's")
+    learning_rate: float | None = _option(None, "default: 1e-4, as published; 3e-3 for a UNet as small as tiny-sd's; "
+                                          "a tenth of these for full fine-tuning")  # fmt: skip
     lr_scheduler: Literal["constant", "cosine", "linear"] = _option("cosine", "shape of the rate after warm-up")
     lr_warmup_steps: int = _option(0, "steps over which the rate rises from 0")
     weight_decay: float = _option(1e-2, "AdamW's weight decay")

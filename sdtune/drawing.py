@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tqdm.auto import tqdm
 
 from . import attach
 
@@ -64,6 +65,7 @@ def draw_cells(
     steps: int = 30,
     size: int | None = None,
     batch: int | None = None,
+    title: str = "",
     on_step: Callable[[int, int], None] | None = None,
 ) -> list:
     """Draws all cells, in as few UNet passes as their guidance and adapters allow; the pipe is left as it was.
@@ -71,6 +73,7 @@ def draw_cells(
     Args:
         size: side in pixels; by default the base's own.
         batch: most pictures in one pass; by default as many as 16 of 256 px would be.
+        title: of a progress bar; without one none is shown.
         on_step: gets (UNet passes done, passes in all) after each; what it raises ends the drawing there.
 
     Returns:
@@ -87,17 +90,19 @@ def draw_cells(
     side = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     groups = list(_groups(pipe, cells, batch or max(1, 16 * 256**2 // side**2)))
     pipe.scheduler.set_timesteps(steps)
-    total, done, drawn = len(groups) * len(pipe.scheduler.timesteps), 0, [None] * len(cells)
+    total, drawn = len(groups) * len(pipe.scheduler.timesteps), [None] * len(cells)
+    bar, done = tqdm(total=total, desc=title, unit="pass", leave=False, disable=not title), 0
 
     def count(_pipe, _step, _timestep, _tensors):
         nonlocal done
         done += 1
+        bar.update()
         if on_step:
             on_step(done, total)
         return {}
 
     silent = dict(getattr(pipe, "_progress_bar_config", {}))
-    with _left_as_it_was(pipe):
+    with bar, _left_as_it_was(pipe):
         pipe.set_progress_bar_config(**silent | {"disable": True})
         try:
             for group in groups:

@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
 from . import attach, baselines, store
-from .tuners import BASELINES, TunerConfig
+from .tuners import LORAS, TunerConfig
 
 # What makes two bases alike for a tuner, in the words of the UNet's config.
 _SHAPE = ("block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim", "in_channels")
@@ -84,7 +84,7 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tune
 
 def _home(config: TunerConfig):
     """The module that knows tuners of this kind: `attach` or `baselines`, which have the same verbs."""
-    return baselines if config.kind in BASELINES else attach
+    return baselines if config.kind in LORAS else attach
 
 
 def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
@@ -223,27 +223,3 @@ def _offloading_paused(pipe):
             pipe.enable_sequential_cpu_offload(device=pipe._offload_device)
         elif group:
             _maybe_remove_and_reapply_group_offloading(pipe.unet)
-
-
-def draw(
-    pipe,
-    prompts: list[str],
-    seeds: list[int],
-    *,
-    steps: int = 50,
-    guidance: float = 7.5,
-    size: int | None = None,
-    negative_prompt: str = "",
-) -> list:
-    """Draws one PIL picture per prompt and seed; a seed gives the same starting noise on every device.
-
-    Args:
-        steps, guidance: sampling steps and classifier-free guidance (SD v1.5's usual 50 and 7.5).
-        size: side in pixels; by default the base's own.
-    """
-    side = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return pipe(
-        prompts, num_inference_steps=steps, guidance_scale=guidance, height=side, width=side, generator=noise,
-        negative_prompt=[negative_prompt] * len(prompts),
-    ).images  # fmt: skip

@@ -26,9 +26,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from tqdm.auto import tqdm
 
-from . import attach, bases, data, measures, pictures, pipeline, store
+from . import attach, bases, data, drawing, measures, pictures, pipeline, store
 from .config import TrainConfig
-from .tuners import TunerConfig
+from .tuners import FULL, TunerConfig
 
 NAME = "tuner"  # the adapter's name while it trains
 
@@ -227,7 +227,8 @@ class _Trainer:
             self.unet.enable_gradient_checkpointing()
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         # the published rate; for a UNet as small as tiny-sd's a higher one did better on pairs left out of training
-        rate = config.learning_rate or (3e-3 if pipeline.is_small(self.unet) else 1e-4)
+        usual_rate = (3e-3 if pipeline.is_small(self.unet) else 1e-4) * (0.1 if tuner.kind == FULL else 1)
+        rate = config.learning_rate or usual_rate
         usual = pipeline.usual_guidance(self.unet)
         self.guidance = usual if config.guidance_scale is None else config.guidance_scale
         self.optimizer = torch.optim.AdamW(
@@ -426,13 +427,11 @@ class _Trainer:
         file = store.TunerFile(self.tuner, tensors, self.base, self.config.trigger_words, training)
         return store.save(path, file, dtype)
 
-    def _draw(self) -> list:
-        config = self.config
-        with self.accelerator.autocast():
-            return pipeline.draw(
-                self.pipe, self.prompts, list(range(len(self.prompts))), steps=config.preview_steps,
-                guidance=self.guidance, size=self.settings["resolution"],
-            )  # fmt: skip
+    def _draw(self, pipe, adapters: dict[str, float], count: int | None = None) -> list:
+        """The first `count` preview prompts, prompt i from the noise of seed i."""
+        cells = [drawing.Cell(p, i, adapters, self.guidance) for i, p in enumerate(self.prompts[:count])]
+        steps, side = self.config.preview_steps, self.settings["resolution"]
+        return drawing.draw_cells(pipe, cells, steps=steps, size=side, title="preview")
 
     def preview(self, path: Path) -> list:
         """Measures the held-out loss; in the main process draws the preview prompts and writes the labelled grid."""
@@ -441,10 +440,9 @@ class _Trainer:
                 self._measure_heldout()
             if not self.main:
                 return []
-            after = self._draw()
-            if not self.before:
-                with attach.switched_off(self.unet):
-                    self.before = self._draw()
+            with self.accelerator.autocast():
+                after = self._draw(self.pipe, {NAME: 1.0})
+                self.before = self.before or self._draw(self.pipe, {})
         columns = ["base", f"tuned, step {self.kept_step}"] + (["true picture"] if self.true else [])
         rows = [list(row) for row in zip(self.before, after, *([self.true] if self.true else []))]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -500,10 +498,7 @@ class _Trainer:
         fresh = bases.load_base(self.config.base, dtype)
         pipeline.load_tuner(fresh, path, NAME)
         fresh.to(self.accelerator.device)
-        drawn = pipeline.draw(
-            fresh, self.prompts[:1], [0], steps=self.config.preview_steps, guidance=self.guidance,
-            size=self.settings["resolution"],
-        )  # fmt: skip
+        drawn = self._draw(fresh, {NAME: 1.0}, 1)
         same, other = pictures.distance(drawn[0], after[0]), pictures.distance(drawn[0], self.before[0])
         if other == 0:
             raise TrainError(f"{path} was written, but it changes nothing: a fresh pipeline draws the base's picture")

@@ -23,7 +23,6 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
 from . import bases, data, drawing, measures, pipeline, store
 from .config import TrainConfig
@@ -38,7 +37,7 @@ TASKS = {
 }
 GROUPS = {
     "paper": ["res_attn", "res_adapter", "res_prefix", "res_prompt"],
-    "baselines": ["lora", "lora_ff", "dora"],
+    "baselines": ["lora", "lora_ff", "dora", "full"],
     "dual": ["res_attn", "dual", "dual_swapped"],
     "ablation": ["res_attn", "2x4", "8x4", "8x8", "mha", "ffn", "block"],
 }
@@ -75,7 +74,7 @@ def methods(unet) -> dict[str, TunerConfig]:
     """Every method by its name, for this UNet.
 
     All have about the parameter count of Res-Attn 4x4 on attn1, attn2 and ff, as nearly as a whole rank or length
-    allows; only the ablation's own rank, heads and operations are what their names say.
+    allows; but full fine-tuning has all of them, and the ablation's ranks, heads and operations are as named.
     """
     target = parameter_count(unet, TunerConfig())
 
@@ -95,6 +94,7 @@ def methods(unet) -> dict[str, TunerConfig]:
         "lora": matched("rank", kind="lora", ops=attention),
         "lora_ff": matched("rank", kind="lora"),
         "dora": matched("rank", kind="dora", ops=attention),
+        "full": TunerConfig(kind="full"),
         "2x4": TunerConfig(rank=2),
         "8x4": TunerConfig(rank=8),
         "8x8": TunerConfig(rank=8, num_heads=8),
@@ -393,12 +393,10 @@ class Evaluation:
     def _draw(self, prompts: list[str], first_seed: int, adapters: dict) -> list[Image.Image]:
         """Prompt i from the noise of first_seed + i."""
         cells = [drawing.Cell(p, first_seed + i, adapters, self.guidance) for i, p in enumerate(prompts)]
-        passes = tqdm(desc="drawing", unit="pass", leave=False, disable=self.rank > 0)
-        with passes:
-            return drawing.draw_cells(
-                self.pipe, cells, steps=self.settings.drawing_steps, size=self.resolution,
-                on_step=lambda done, total: (setattr(passes, "total", total), passes.update()),
-            )  # fmt: skip
+        return drawing.draw_cells(
+            self.pipe, cells, steps=self.settings.drawing_steps, size=self.resolution,
+            title="" if self.rank else "drawing",
+        )  # fmt: skip
 
     @cached_property
     def outside(self) -> tuple[data.Encoded, dict[str, torch.Tensor]]:

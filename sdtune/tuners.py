@@ -263,6 +263,37 @@ class ResPrompt(_Prefix):
         return self.gate.to(x.dtype) * self._attend(x, attn.to_k(prompt), attn.to_v(prompt), attn)
 
 
+class FullTuning(Tuner):
+    """Full fine-tuning of one layer in the parallel form: OP(x; W + dW) = OP(x; W) + OP(x; dW), with dW zero at first.
+
+    Linear layers, convolutions and the norms are linear in their weights, so this is exact; what it costs beside
+    changing W in place is a second pass through each layer. Weight decay pulls dW to zero, so W to the base.
+
+    Args:
+        layer: the frozen `nn.Linear`, `nn.Conv2d`, `nn.GroupNorm` or `nn.LayerNorm`.
+    """
+
+    per_token = True
+    LAYERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.frozen = (layer,)  # in a tuple, so that it is no submodule
+        for name, p in layer.named_parameters(recurse=False):
+            setattr(self, name, nn.Parameter(torch.zeros(p.shape)))
+
+    def forward(self, x: torch.Tensor, beside: Beside | None = None) -> torch.Tensor:
+        """x: what the layer takes -> what it gives, with dW in place of its weights."""
+        (layer,), weight, bias = self.frozen, self.weight, getattr(self, "bias", None)
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        if isinstance(layer, nn.Conv2d):
+            return layer._conv_forward(x, weight, bias)
+        if isinstance(layer, nn.GroupNorm):
+            return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+
+
 KINDS = {
     "res_attn": ResAttn,
     "res_attn_text": ResAttnText,
@@ -270,15 +301,17 @@ KINDS = {
     "res_prefix": ResPrefix,
     "res_prompt": ResPrompt,
 }
-BASELINES = ("lora", "dora")  # what tuners are compared with: `baselines` handles these kinds
+LORAS = ("lora", "dora")  # `baselines` handles these
+FULL = "full"  # full fine-tuning: beside every layer of the UNet, not beside `ops`
+BASELINES = (*LORAS, FULL)  # what tuners are compared with
 OPS = ("attn1", "attn2", "ff", "block")
 
 
 def fields_of(kind: str) -> list[str]:
-    """The fields of `TunerConfig` that make a difference to tuners of this kind, beside `kind` and `ops`."""
+    """The fields of `TunerConfig` that make a difference to tuners of this kind, beside `kind`."""
     if kind in BASELINES:
-        return ["rank"]
-    return [n for n in inspect.signature(KINDS[kind]).parameters if n in TunerConfig.__dataclass_fields__]
+        return [] if kind == FULL else ["ops", "rank"]
+    return ["ops"] + [n for n in inspect.signature(KINDS[kind]).parameters if n in TunerConfig.__dataclass_fields__]
 
 
 @dataclass(frozen=True)
@@ -319,7 +352,9 @@ class TunerConfig:
         known = isinstance(self.ops, list) and all(op in OPS and self.ops.count(op) == 1 for op in self.ops)
         if not self.ops or not known:
             wrong.append(f"ops is {self.ops!r}; it must name one or more of {', '.join(OPS)}, each once")
-        elif self.kind in list(BASELINES) and "block" in self.ops:
+        elif self.kind == FULL and self.ops != TunerConfig().ops:
+            wrong.append(f"ops is {self.ops!r}; full fine-tuning changes every layer of the UNet: leave ops out")
+        elif self.kind in list(LORAS) and "block" in self.ops:
             wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2 and ff, not on the whole block")
         if self.ffn_kind is not None:
             if self.ffn_kind not in list(KINDS):

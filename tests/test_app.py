@@ -415,7 +415,7 @@ def test_a_grid_over_two_axes_and_the_weight_slider(page):
 def choose(page, field: str, option: str) -> None:
     """Picks an option of a dropdown."""
     page.locator(f"#{field} input").click()
-    page.get_by_role("option", name=option, exact=True).click()
+    page.locator(f"#{field}").get_by_role("option", name=option, exact=True).click()  # another list may still close
 
 
 def test_a_grid_over_tuners_prompts_checkpoints_and_guidance(page):

@@ -85,3 +85,54 @@ def test_a_lora_trains_with_the_same_trainer(pairs, tmp_path):
     result = sdtune.fit(config, sdtune.TunerConfig(kind="lora", rank=2, ops=["attn1", "attn2"]))
     assert store.load(result.tuner).config.kind == "lora"
     assert all(".lora_" in k for k in load_file(result.tuner))
+
+
+# --------------------------------------------------------------------------------------- full fine-tuning
+
+
+def changed(unet, size=0.02) -> dict[str, torch.Tensor]:
+    """A change of every weight of a UNet."""
+    generator = torch.Generator().manual_seed(0)
+    return {k: size * torch.randn(p.shape, generator=generator) for k, p in unet.named_parameters()}
+
+
+def test_full_fine_tuning_draws_what_changed_weights_draw_also_beside_a_lora_and_from_a_file(base, files, tmp_path):
+    change, by_hand, pipe = changed(base.unet), copy.deepcopy(base), copy.deepcopy(base)
+    before = picture(pipe)
+    with torch.no_grad():
+        for name, p in by_hand.unet.named_parameters():
+            p += change[name]
+    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind="full"), "full")
+    assert torch.equal(picture(pipe), before)
+    parameters = pipeline.parameters_of(pipe, "full")
+    assert parameters.keys() == change.keys()
+    for name, p in parameters.items():
+        p.data += change[name]
+    expected = picture(by_hand)
+    assert torch.allclose(picture(pipe), expected, atol=1e-3) and not torch.allclose(before, expected, atol=0.1)
+
+    path = sdtune.save_tuner(pipe, tmp_path / "full.safetensors", "full", dtype=torch.float32)
+    other = copy.deepcopy(base)
+    other.load_lora_weights(files / "lora", adapter_name="lora")  # wraps some of the layers before, not after
+    sdtune.load_tuner(other, path, "full")
+    assert torch.allclose(picture(other), expected, atol=1e-3)
+    by_hand.load_lora_weights(files / "lora", adapter_name="lora")
+    other.set_adapters(["full", "lora"], [1.0, 0.5])
+    by_hand.set_adapters("lora", 0.5)
+    assert torch.allclose(picture(other), picture(by_hand), atol=1e-3)
+    drawn = sdtune.compare(other, "a cat face", {"base": {}, "full": {"full": 1.0}}, steps=2, guidance=3.0)
+    assert drawn["base"][0].tobytes() != drawn["full"][0].tobytes()
+    sdtune.unload_tuner(other, "full")
+    other.delete_adapters("lora")
+    assert torch.equal(picture(other), before)
+
+
+def test_full_fine_tuning_trains_with_the_same_trainer(pairs, tmp_path):
+    config = sdtune.TrainConfig(
+        data=str(pairs), output=str(tmp_path / "run"), steps=2, batch_size=2, preview_steps=1, preview_every=0,
+        preview_prompts=["a girl"],
+    )  # fmt: skip
+    result = sdtune.fit(config, sdtune.TunerConfig(kind="full"))
+    file = store.load(result.tuner)
+    assert file.config.kind == "full" and file.training["learning_rate"] == pytest.approx(3e-4)
+    assert all(t.count_nonzero() for t in file.tensors.values())

@@ -25,13 +25,20 @@ def passes(pipe):
     return seen
 
 
+def by_itself(pipe, prompt, seed, steps, guidance=7.5):
+    """What diffusers draws in a call of its own, with the adapters as they are."""
+    noise = torch.Generator().manual_seed(seed)
+    options = dict(num_inference_steps=steps, guidance_scale=guidance, generator=noise, height=64, width=64)
+    return pipe(prompt, **options).images[0]
+
+
 def alone(pipe, cell, steps):
     if cell.adapters:
         pipe.enable_lora()
         pipe.set_adapters(list(cell.adapters), list(cell.adapters.values()))
     else:
         pipe.disable_lora()
-    return sdtune.draw(pipe, [cell.prompt], [cell.seed], steps=steps, guidance=cell.guidance, size=64)[0]
+    return by_itself(pipe, cell.prompt, cell.seed, steps, cell.guidance)
 
 
 def test_columns_that_share_passes_are_the_pictures_that_separate_calls_draw(loaded):
@@ -61,7 +68,7 @@ def test_prompts_seeds_and_guidance_may_differ_from_cell_to_cell(loaded):
 
 def test_the_pipe_is_left_as_it_was_also_when_the_drawing_is_stopped(loaded):
     loaded.set_adapters(["lora"], [0.3])
-    before = sdtune.draw(loaded, [PROMPT], [0], steps=2, size=64)[0]
+    before = by_itself(loaded, PROMPT, 0, 2)
 
     class Stop(Exception):
         pass
@@ -74,7 +81,7 @@ def test_the_pipe_is_left_as_it_was_also_when_the_drawing_is_stopped(loaded):
     with pytest.raises(Stop):
         sdtune.compare(loaded, PROMPT, {"base": {}, "both": {"tuner": 1, "lora": 1}}, steps=3, size=64, on_step=stop)
     assert loaded.get_active_adapters() == ["lora"]
-    after = sdtune.draw(loaded, [PROMPT], [0], steps=2, size=64)[0]
+    after = by_itself(loaded, PROMPT, 0, 2)
     assert pictures.distance(before, after) == 0
 
 

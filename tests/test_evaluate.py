@@ -150,7 +150,8 @@ def test_methods_have_the_parameters_of_res_attn_as_nearly_as_whole_numbers_allo
         every = trials.methods(unet)
         assert set(every) >= {name for group in trials.GROUPS.values() for name in group}
         target = trials.parameter_count(unet, every["res_attn"])
-        for name in {*trials.GROUPS["paper"], *trials.GROUPS["baselines"], *trials.GROUPS["dual"]}:
+        assert trials.parameter_count(unet, every["full"]) == unet.num_parameters()
+        for name in {*trials.GROUPS["paper"], *trials.GROUPS["baselines"], *trials.GROUPS["dual"]} - {"full"}:
             assert trials.parameter_count(unet, every[name]) == pytest.approx(target, rel=0.1), name
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdtune
 from sdtune import attach
-from sdtune.tuners import BASELINES, KINDS, Beside, Widths, build, fields_of
+from sdtune.tuners import BASELINES, KINDS, LORAS, Beside, Widths, build, fields_of
 
 
 def algorithm_1(x, qkv_weight, qkv_bias, o_weight, o_bias, rank, num_heads):
@@ -296,25 +296,29 @@ def test_parameter_counts_of_each_kind_on_the_shape_of_sd_v1_5(sd15_unet, kind, 
 
     assert [count(kind=kind, ops=[op]) for op in ("attn1", "attn2", "ff", "block")] == [attn1, attn2, ff, block]
     assert count(kind=kind) == attn1 + attn2 + ff
-    assert count(kind=kind, ffn_kind="res_adapter", length=32) == count(
-        kind=kind, ops=["attn1", "attn2"], length=32
-    ) + 811_712
+    assert (
+        count(kind=kind, ffn_kind="res_adapter", length=32)
+        == count(kind=kind, ops=["attn1", "attn2"], length=32) + 811_712
+    )
 
 
 def test_the_fields_that_matter_to_a_kind_are_known():
-    attention = ["rank", "num_heads", "qkv_bias", "attn_drop", "proj_drop"]
-    assert all(fields_of(kind) == ["rank"] for kind in BASELINES)
+    attention = ["ops", "rank", "num_heads", "qkv_bias", "attn_drop", "proj_drop"]
+    assert all(fields_of(kind) == ["ops", "rank"] for kind in LORAS) and fields_of("full") == []
     assert fields_of("res_attn") == fields_of("res_attn_text") == attention
-    assert fields_of("res_adapter") == fields_of("res_prefix") == fields_of("res_prompt") == ["length", "proj_drop"]
+    assert all(fields_of(f"res_{kind}") == ["ops", "length", "proj_drop"] for kind in ("adapter", "prefix", "prompt"))
 
 
 def test_a_second_kind_needs_a_feed_forward_and_baselines_stay_by_themselves():
     config = sdtune.TunerConfig("res_prefix", ops=["attn1", "ff"], ffn_kind="res_attn_text")
     assert sdtune.TunerConfig(**json.loads(json.dumps(asdict(config)))) == config
-    for kind in BASELINES:
+    for kind in LORAS:
         assert sdtune.TunerConfig(kind, ops=["ff"]).kind == kind
         with pytest.raises(ValueError, match=f"a {kind} can be on attn1, attn2 and ff, not on the whole block"):
             sdtune.TunerConfig(kind, ops=["block"])
+    with pytest.raises(ValueError, match=r"ops is \['ff'\]; full fine-tuning changes every layer"):
+        sdtune.TunerConfig("full", ops=["ff"])
+    for kind in BASELINES:
         with pytest.raises(ValueError, match=f"ffn_kind is 'res_attn'; beside a {kind}"):
             sdtune.TunerConfig(kind, ffn_kind="res_attn")
     with pytest.raises(ValueError, match=r"ffn_kind is 'res_adapter', but ops is \['attn1', 'block'\], without ff"):

@@ -152,7 +152,8 @@ class Library:
             differs = [f"{k} is {v}, here {own[k]}" for k, v in shape.items() if k in own and _lists(own[k]) != v]
             why = f"made for a base of another shape ({'; '.join(differs)})" if differs else str(error)
         config, training = file.config, file.training
-        details = f"rank {config.rank}, on {' + '.join(config.ops)}"
+        where = f"on {' + '.join(config.ops)}" if matters(config.kind, "ops") else "on every layer"
+        details = f"rank {config.rank}, {where}" if matters(config.kind, "rank") else where
         if steps := training.get("steps_done"):
             details += f"; {steps} steps on {training.get('images', '?')} pictures"
         return Item(
@@ -189,12 +190,12 @@ class Library:
 
 def kind_name(kind: str) -> str:
     """ "res_attn" as people write it: Res-Attn."""
-    short = {"lora": "LoRA", "dora": "DoRA", "ia3": "IA3"}
+    short = {"lora": "LoRA", "dora": "DoRA", "full": "Full fine-tuning"}
     return short.get(kind) or "-".join(part.capitalize() for part in str(kind).split("_"))
 
 
 def matters(kind: str, name: str) -> bool:
-    """Whether a number of `TunerConfig` has an effect for tuners of this kind."""
+    """Whether a field of `TunerConfig` has an effect for tuners of this kind."""
     return name in fields_of(kind)
 
 

@@ -288,8 +288,8 @@ class Studio:
         sizes = ("rank", "num_heads", "length")
         numbers = (*sizes, "batch_size", "resolution", "preview_every", "checkpoint_every", "seed")
         more |= {k: int(more[k]) for k in numbers if k in more}
-        tuner = {k: more.pop(k) for k in sizes if k in more}
-        tuner = TunerConfig(kind=kind, ops=more.pop("ops"), **{k: v for k, v in tuner.items() if matters(kind, k)})
+        tuner = {k: more.pop(k) for k in ("ops", *sizes) if k in more}
+        tuner = TunerConfig(kind=kind, **{k: v for k, v in tuner.items() if matters(kind, k)})
         prompts = more.pop("preview_prompts", "").splitlines()
         more["preview_prompts"] = [p.strip() for p in prompts if p.strip()]
         more["base"] = base_choice(more.get("base"), self.base)

@@ -209,9 +209,7 @@ def _more(base: str, default: TrainConfig, kind) -> dict:
         form["batch_size"] = gr.Number(
             default.batch_size, label="Batch", precision=0, minimum=1, info="Pictures per step."
         )
-        form["resolution"] = gr.Number(
-            None, label="Resolution", precision=0, info="Side in pixels; 0: the base's own."
-        )
+        form["resolution"] = gr.Number(None, label="Resolution", precision=0, info="Side in pixels; 0: the base's own.")
         form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="The same seed trains the same.")
     form["flip"] = gr.Checkbox(False, label="Mirror the pictures, too", info="Not if left and right matter.")
     with gr.Row():
@@ -223,7 +221,6 @@ def _more(base: str, default: TrainConfig, kind) -> dict:
     form["preview_prompts"] = gr.Textbox(
         label="Preview prompts", lines=2, info="One on each line; empty: the first captions."
     )
-    sizes = ("rank", "num_heads", "length")
-    shown = [form[n] for n in sizes]
-    kind.change(lambda k: [gr.update(visible=matters(k, n)) for n in sizes], kind, shown, **QUIET)
+    some = ("rank", "num_heads", "length", "ops")  # without effect for some kinds
+    kind.change(lambda k: [gr.update(visible=matters(k, n)) for n in some], kind, [form[n] for n in some], **QUIET)
     return form
