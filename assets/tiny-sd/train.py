@@ -1,6 +1,7 @@
-"""Trains assets/tiny-sd, a small Stable Diffusion, from nothing, on the emoji of `corpus.py`.
+"""Trains assets/tiny-sd, a small Stable Diffusion, from nothing, on the pictures of `corpus.py` and `avatars.py`.
 
-    python assets/tiny-sd/corpus.py                         # once: fetch and render the pictures
+    python assets/tiny-sd/corpus.py                         # once: fetch and render the emoji
+    python assets/tiny-sd/avatars.py                        # once: and the people
     python assets/tiny-sd/train.py vae --minutes 30         # the autoencoder
     python assets/tiny-sd/train.py unet --minutes 120       # text encoder and UNet, on its latents
     python assets/tiny-sd/train.py unet --go-on --minutes 60    # or: trains the base beside this file further
@@ -27,9 +28,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusi
 from diffusers.training_utils import EMAModel, compute_snr
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from avatars import people_caption
 from corpus import SEEN, caption, load
 
 HERE = Path(__file__).parent
+STYLES = (*SEEN, "avatars")
+PEOPLE = 0.35  # the share of avatars in a batch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 VAE = dict(
@@ -185,7 +189,12 @@ def final_vae(cache: Path) -> AutoencoderKL:
     return vae
 
 
-def pictures_of(cache: Path, styles=SEEN) -> tuple[torch.Tensor, list[dict]]:
+def words_for(row: dict, variant: int, rng: random.Random) -> str:
+    """One of the many wordings of the caption of a picture."""
+    return (people_caption if row["style"] == "avatar" else caption)(row, variant, rng)
+
+
+def pictures_of(cache: Path, styles=STYLES) -> tuple[torch.Tensor, list[dict]]:
     """(n, 3 variants, 3, 128, 128) uint8, and the rows."""
     pictures, rows = load(cache / "corpus", styles)
     return torch.from_numpy(pictures).permute(0, 1, 4, 2, 3).contiguous(), rows
@@ -254,25 +263,34 @@ def train_vae(cache: Path, minutes: float, only_decoder: bool) -> None:
 def encode_corpus(cache: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
     """Mean and standard deviation of every latent, as drawn and flipped: (n, 3, 2, 4, 16, 16) each, unscaled.
 
-    The encoder does not change in the decoder stage, so the file stays valid through it.
+    The encoder does not change in the decoder stage, so the files stay valid through it.
     """
-    path = cache / "latents.pt"
-    pictures, rows = pictures_of(cache)
-    if not path.exists():
-        vae = final_vae(cache)
-        every = torch.stack([pictures, pictures.flip(-1)], 2).flatten(0, 2)
-        means, deviations = [], []
-        for i, batch in enumerate(every.split(64)):
-            with autocast():
-                posterior = vae.encode(as_input(batch)).latent_dist
-            means.append(posterior.mean.cpu().half())
-            deviations.append(posterior.std.cpu().half())
-            if i % 100 == 0:
-                print(f"encoding {i * 64} of {len(every)}", flush=True)
-        shape = (len(pictures), 3, 2, 4, 16, 16)
-        torch.save({"mean": torch.cat(means).view(shape), "std": torch.cat(deviations).view(shape)}, path)
-    state = torch.load(path, weights_only=True)
-    return state["mean"], state["std"], rows
+    means, deviations, rows = [], [], []
+    for style in STYLES:
+        path, (pictures, own) = cache / f"latents-{style}.pt", pictures_of(cache, (style,))
+        if not path.exists():
+            vae, mean, std = final_vae(cache), [], []
+            every = torch.stack([pictures, pictures.flip(-1)], 2).flatten(0, 2)
+            for i, batch in enumerate(every.split(64)):
+                with autocast():
+                    posterior = vae.encode(as_input(batch)).latent_dist
+                mean.append(posterior.mean.cpu().half())
+                std.append(posterior.std.cpu().half())
+                if i % 100 == 0:
+                    print(f"encoding {style}: {i * 64} of {len(every)}", flush=True)
+            shape = (len(pictures), 3, 2, 4, 16, 16)
+            torch.save({"mean": torch.cat(mean).view(shape), "std": torch.cat(std).view(shape)}, path)
+        state = torch.load(path, weights_only=True)
+        means.append(state["mean"])
+        deviations.append(state["std"])
+        rows += own
+    return torch.cat(means), torch.cat(deviations), rows
+
+
+def latent_scale(means: torch.Tensor, rows: list[dict]) -> float:
+    """SD's scaling factor: what brings the latents of the emoji, as drawn, to standard deviation 1."""
+    emoji = [i for i, row in enumerate(rows) if row["style"] != "avatar"]
+    return 1 / means[emoji, 0].float().std().item()
 
 
 def make_tokenizer(rows: list[dict]) -> CLIPTokenizer:
@@ -284,7 +302,7 @@ def make_tokenizer(rows: list[dict]) -> CLIPTokenizer:
     fresh = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
     fresh.normalizer, fresh.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     rng = random.Random(0)
-    texts = [caption(r, v, rng) for r in rows for v in range(3) for _ in range(2)] + [" ".join(MORE_WORDS)] * 20
+    texts = [words_for(r, v, rng) for r in rows for v in range(3) for _ in range(2)] + [" ".join(MORE_WORDS)] * 20
     alphabet = [chr(c) for c in range(33, 127)]
     trainer = trainers.BpeTrainer(
         vocab_size=4094, end_of_word_suffix="</w>", show_progress=False,
@@ -342,7 +360,8 @@ def train_unet(cache: Path, minutes: float, batch: int, go_on: bool) -> None:
     """
     torch.manual_seed(0)
     means, deviations, rows = encode_corpus(cache)
-    scale = 1 / means[:, 0].float().std().item()
+    scale = latent_scale(means, rows)
+    groups = [[i for i, row in enumerate(rows) if (row["style"] == "avatar") == people] for people in (False, True)]
     tokenizer = tokenizer_of(cache, rows, HERE / "tokenizer" if go_on else None)
     text, unet = new_text_encoder(tokenizer), UNet2DConditionModel(**UNET).to(DEVICE)
     unet.to(memory_format=torch.channels_last)
@@ -360,10 +379,12 @@ def train_unet(cache: Path, minutes: float, batch: int, go_on: bool) -> None:
     torch.manual_seed(trainer.step_count)
 
     def loss_of_a_batch():
-        which = [rng.randrange(len(rows)) for _ in range(batch)]
-        variant = rng.choices((0, 1, 2), (0.8, 0.1, 0.1), k=batch)
-        flip = [int(rng.random() < 0.1) for _ in range(batch)]
-        texts = ["" if rng.random() < 0.1 else caption(rows[i], v, rng) for i, v in zip(which, variant)]
+        people = [rng.random() < PEOPLE for _ in range(batch)]
+        which = [rng.choice(groups[p]) for p in people]
+        # emoji mostly as drawn; of a person one picture has a plain ground and two a scene, and all may be mirrored
+        variant = [rng.choices((0, 1, 2), (1, 1, 1) if p else (8, 1, 1))[0] for p in people]
+        flip = [int(rng.random() < (0.5 if p else 0.1)) for p in people]
+        texts = ["" if rng.random() < 0.1 else words_for(rows[i], v, rng) for i, v in zip(which, variant)]
         mean, deviation = means[which, variant, flip].float(), deviations[which, variant, flip].float()
         latent = ((mean + deviation * torch.randn_like(mean)) * scale).to(DEVICE)
         noise = torch.randn_like(latent)
@@ -388,7 +409,7 @@ def export(cache: Path, out: Path) -> None:
     means, _, rows = encode_corpus(cache)
     tokenizer = tokenizer_of(cache, rows)
     vae, text, unet = final_vae(cache), new_text_encoder(tokenizer), UNet2DConditionModel(**UNET).to(DEVICE)
-    vae.register_to_config(scaling_factor=round(1 / means[:, 0].float().std().item(), 5))
+    vae.register_to_config(scaling_factor=round(latent_scale(means, rows), 5))
     trainer = Trainer({"text": text, "unet": unet}, cache / "unet.pt", 0, 0, 0)
     trainer.use_ema()
     pipe = StableDiffusionPipeline(
