@@ -6,7 +6,7 @@ Only layout and its wiring; the work is done by `sdtune.page.studio`, the looks 
 import argparse
 import asyncio
 import os
-import random
+import secrets
 import signal
 import sys
 
@@ -84,7 +84,7 @@ class Page:
                 1, label="Seed", precision=0, minimum=0, scale=2, min_width=120, elem_id="seed",
                 info="The same noise in every column.",
             )  # fmt: skip
-            dice = gr.Button("🎲", elem_classes="dice", scale=0, min_width=54, elem_id="dice")
+            dice = gr.Button("🎲 New seed", elem_classes="dice", scale=0, min_width=112, elem_id="dice")
             images = gr.Slider(1, 8, 1, step=1, label="Pictures", scale=3, min_width=160, elem_id="images",
                                info="In each column, on the next seeds.")  # fmt: skip
             guidance = self._guidance_slider(scale=3)
@@ -131,20 +131,24 @@ class Page:
             for column in found.columns:
                 lost += [label for label in column if label not in here]
                 columns.append({label: weight for label, weight in column.items() if label in here})
-            note = (
-                f"Restored. Not in the library, so left out: {', '.join(dict.fromkeys(lost))}" if lost else "Restored."
-            )
+            note = "Restored."
+            if lost:
+                note += f" Not in the library, so left out: {', '.join(dict.fromkeys(lost))}."
             sampler = found.sampler if found.sampler in SAMPLERS else studio.sampler
-            return [
-                look.said(note), found.prompt, found.negative_prompt, found.seed, min(found.images, 8), found.steps,
-                found.guidance, found.size or studio.side, sampler, columns, None,
-            ]  # fmt: skip
+            wanted = {images: found.images, steps: found.steps, guidance: found.guidance}
+            wanted[size] = found.size or studio.side
+            fitted = {slider: min(max(value, slider.minimum), slider.maximum) for slider, value in wanted.items()}
+            cut = [s.label.lower() for s in wanted if fitted[s] != wanted[s]]
+            if cut:
+                note += f" Beyond what this page draws, so changed: {', '.join(cut)}."
+            texts = (found.prompt, found.negative_prompt)
+            return [look.said(note), *texts, found.seed, *fitted.values(), sampler, columns, None]
 
         again = dict(fn=lambda n: n + 1, inputs=self.layout, outputs=self.layout, **QUIET)
         gr.on([draw.click, self.prompt.submit], on_draw, [*fields, self.columns], [status, sheet, draw, stop],
               concurrency_limit=None, **QUIET)  # fmt: skip
         self._stops(stop, "columns")
-        dice.click(lambda: random.randrange(2**31), outputs=seed, **QUIET)
+        dice.click(lambda: secrets.randbelow(2**32), outputs=seed, **QUIET)
         restore.upload(on_restore, [restore, self.columns], [status, *fields, self.columns, restore], **QUIET).then(
             **again
         )
@@ -162,7 +166,7 @@ class Page:
                     with gr.Column(min_width=200, elem_classes="card"):
                         card(at, column, offered, len(columns) > 1)
                 if len(columns) < MOST_COLUMNS and offered:
-                    gr.Button("+", size="sm", scale=0, min_width=44, elem_id="add-column").click(
+                    gr.Button("+ Add a column", size="sm", scale=0, min_width=84, elem_id="add-column").click(
                         lambda columns: [*columns, {}], self.columns, self.columns, **QUIET
                     ).then(*again, **QUIET)
 
@@ -189,7 +193,7 @@ class Page:
                 )  # fmt: skip
                 slide.change(on_slide, [slide, self.columns], self.columns, queue=False, **QUIET)
             if can_go:
-                gr.Button("✕", size="sm", elem_classes="away").click(
+                gr.Button("✕ Remove", size="sm", elem_classes="away").click(
                     lambda columns: columns[:at] + columns[at + 1 :], self.columns, self.columns, **QUIET
                 ).then(*again, **QUIET)
 

@@ -35,6 +35,7 @@ def main() -> int:
     # only now, since both take seconds; what they say while loading (no torchvision, casts, a bar per file) hides
     # what this script says
     import diffusers
+    import torch
     import transformers
 
     for logging in (transformers.utils.logging, diffusers.utils.logging):
@@ -47,8 +48,12 @@ def main() -> int:
     except Stopped as stop:
         print(f"\n{stop}", file=sys.stderr)
         return 128 + stop.signum
-    except (TrainError, ValueError) as error:
+    except (TrainError, ValueError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, torch.OutOfMemoryError):
+        advice = "a smaller --batch_size with --gradient_accumulation_steps, or --gradient_checkpointing, needs less"
+        print(f"\nerror: the memory is full; {advice}. What is in {config.output} stays", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped while no step was running; what is in the output folder stays", file=sys.stderr)

@@ -9,7 +9,7 @@ every key of the backbone stays as it was. The module that holds the tuners of o
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -195,7 +195,8 @@ def _cannot_fuse(names: list[str]) -> str:
     return (
         f"the tuner{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))} cannot be fused into the base's "
         "weights: a tuner's result depends on its input through its own attention or activation, so no change of "
-        "the frozen weights equals it (a LoRA's does). Leave it attached, or deactivate it first with "
+        "the frozen weights equals it (a LoRA's does; a full fine-tuning's would, and is kept beside them as well). "
+        "Leave it attached, or deactivate it first with "
         'set_adapters(...), or fuse only LoRAs with fuse_lora(adapter_names=["..."])'
     )
 
@@ -236,6 +237,22 @@ def _load_lora_adapter(unet, *args, **kwargs):
         holder.adapters_of_unet = unet.peft_config
         holder.set_adapter(added)
     return result
+
+
+def _unload_lora(unet):
+    """diffusers' `unload_lora`; a LoRA may be on a layer with a tuner beside it, which it would not find any more."""
+    for _, holder in _holders(unet):
+        setattr(holder.operation.module, _CHILD, None)
+    type(unet).unload_lora(unet)
+
+
+def _set_adapters(unet, adapter_names, weights=None):
+    """diffusers' `set_adapters`, which reads the block from a layer's path, and not all layers of a UNet are in one."""
+    if any(isinstance(w, dict) for w in (weights if isinstance(weights, (list, tuple)) else [weights])):
+        full = [n for n in tuner_names(unet) if unet.peft_config[n].tuner.kind == FULL]
+        if full:
+            raise ValueError(f"no weights per block while {full[0]!r}, a full fine-tuning, is attached; give a number")
+    type(unet).set_adapters(unet, adapter_names, weights)
 
 
 def _holders(unet) -> list[tuple[str, ParallelTuners]]:
@@ -339,6 +356,7 @@ def attach(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor
         holder.adapters_of_unet = unet.peft_config
     unet.fuse_lora = partial(_fuse_lora, unet)  # unlike a method, a partial can be pickled
     unet.load_lora_adapter = partial(_load_lora_adapter, unet)
+    unet.unload_lora, unet.set_adapters = partial(_unload_lora, unet), partial(_set_adapters, unet)
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter([name])
@@ -350,25 +368,29 @@ def tuner_names(unet) -> list[str]:
     return [n for n, c in (getattr(unet, "peft_config", None) or {}).items() if isinstance(c, TunerPeftConfig)]
 
 
-def require(unet, name: str) -> TunerConfig:
-    """The configuration of the tuner `name`; ValueError, naming those that are there, if it is not attached."""
-    if name not in tuner_names(unet):
-        there = ", ".join(map(repr, tuner_names(unet))) or "none"
-        raise ValueError(f"no tuner named {name!r} is attached; attached tuners: {there}")
-    return unet.peft_config[name].tuner
+@contextmanager
+def left_as_it_was(*models):
+    """Restores, at the end of a `with`, which adapters are active, their weights, and what is trainable."""
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [(m, list(m.active_adapters), m._disable_adapters, scales(m), dict(scales(m))) for m in layers]
+    trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    try:
+        yield layers
+    finally:
+        for layer, active, disabled, weights, kept in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+            weights.update(kept)
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
 
 
 @contextmanager
 def switched_off(unet):
     """The UNet without the effect of any of its adapters, for the length of a `with`."""
-    layers = [(m, m._disable_adapters) for m in unet.modules() if isinstance(m, BaseTunerLayer)]
-    for layer, _ in layers:
-        layer._disable_adapters = True
-    try:
+    with left_as_it_was(unet) as layers:
+        for layer in layers:
+            layer._disable_adapters = True
         yield
-    finally:
-        for layer, before in layers:
-            layer._disable_adapters = before
 
 
 def can_share_a_pass(unet, names: Iterable[str]) -> bool:
@@ -417,9 +439,7 @@ def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int
     if why:
         raise ValueError(f"weights per sample are not possible: {why}")
     tensors = {n: torch.tensor(list(w), dtype=torch.float32, device="cpu").repeat(repeat) for n, w in weights.items()}
-    layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
-    before, hooks = [(m, m._active_adapter, m._disable_adapters, dict(scales(m))) for m in layers], []
-    try:
+    with left_as_it_was(unet) as layers, ExitStack() as hooks:
         for layer in layers:
             layer._active_adapter, layer._disable_adapters = list(tensors), False  # set_adapter would unfreeze, too
             if isinstance(layer, ParallelTuners):
@@ -427,15 +447,9 @@ def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int
             elif tensors.keys() & layer._get_available_adapters():
                 for name in tensors:
                     layer.set_scale(name, 1.0)
-                hooks.append(layer.register_forward_pre_hook(partial(_scale_samples, tensors)))
-                hooks.append(layer.register_forward_hook(_unscale_samples, always_call=True))
+                hooks.callback(layer.register_forward_pre_hook(partial(_scale_samples, tensors)).remove)
+                hooks.callback(layer.register_forward_hook(_unscale_samples, always_call=True).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, active, disabled, kept in before:
-            layer._active_adapter, layer._disable_adapters = active, disabled
-            scales(layer).update(kept)
 
 
 def scales(layer: BaseTunerLayer) -> dict[str, float]:
@@ -460,7 +474,6 @@ def _unscale_samples(layer, args: tuple, output) -> None:
 
 def parameters_of(unet, name: str) -> dict[str, nn.Parameter]:
     """The tuner's parameters, keyed "<op path>.<parameter>" as in its file."""
-    require(unet, name)
     return {
         f"{path}.{n}": p
         for path, holder in _holders(unet)
@@ -474,7 +487,6 @@ def detach(unet, name: str, pipe=None) -> None:
 
     Given its pipeline, the LoRAs in other parts of that learn of it, too.
     """
-    require(unet, name)
     (pipe or unet).delete_adapters(name)
     for _, holder in _holders(unet):
         if not holder.tuners:
@@ -483,5 +495,5 @@ def detach(unet, name: str, pipe=None) -> None:
             for key in [k for k, hook in op._forward_hooks.items() if hook is _add_residual]:
                 del op._forward_hooks[key], op._forward_hooks_with_kwargs[key]
     if not tuner_names(unet):
-        unet.__dict__.pop("fuse_lora", None)
-        unet.__dict__.pop("load_lora_adapter", None)
+        for name in ("fuse_lora", "load_lora_adapter", "unload_lora", "set_adapters"):
+            unet.__dict__.pop(name, None)

@@ -55,8 +55,8 @@ def parameters_of(unet, name: str) -> dict[str, nn.Parameter]:
     for key, parameter in unet.named_parameters():
         path, _, rest = key.partition(".lora_")
         parts = rest.split(".")
-        if name in parts:
-            parts.remove(name)
+        if parts[1:2] == [name]:
+            del parts[1]
             key = f"{path}.lora_{'.'.join(parts)}"
             found[key.removesuffix(".weight") if "magnitude" in key else key] = parameter
     return found

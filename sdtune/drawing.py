@@ -5,11 +5,9 @@ sampling step instead of one per column.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
 from . import attach
@@ -102,7 +100,7 @@ def draw_cells(
         return {}
 
     silent = dict(getattr(pipe, "_progress_bar_config", {}))
-    with bar, _left_as_it_was(pipe):
+    with bar, attach.left_as_it_was(*(m for m in (pipe.unet, pipe.text_encoder) if m is not None)):
         pipe.set_progress_bar_config(**silent | {"disable": True})
         try:
             for group in groups:
@@ -151,7 +149,7 @@ def _draw_group(pipe, cells: list[Cell], steps: int, side: int, count) -> list:
     )  # fmt: skip
     if len(set(map(_key, cells))) == 1:  # all alike, and already active
         return pipe(**arguments).images
-    names = sorted({n for cell in cells for n in cell.adapters} & set(pipe.unet.peft_config))
+    names = sorted({n for cell in cells for n in cell.adapters} & set(getattr(pipe.unet, "peft_config", None) or {}))
     weights = {n: [float(cell.adapters.get(n, 0.0)) for cell in cells] for n in names}
     with attach.per_sample_weights(pipe.unet, weights, repeat=2 if guided else 1):
         return pipe(**arguments).images
@@ -163,22 +161,3 @@ def _activate(pipe, adapters: dict[str, float]) -> None:
         pipe.set_adapters(list(adapters), list(adapters.values()))
     elif any(pipe.get_list_adapters().values()):
         pipe.disable_lora()
-
-
-@contextmanager
-def _left_as_it_was(pipe):
-    """Restores which adapters are active, their weights, and what is trainable."""
-    models = [m for m in (pipe.unet, pipe.text_encoder) if m is not None]
-    layers = [layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    weights = [attach.scales(layer) for layer in layers]
-    kept = [(list(layer.active_adapters), layer._disable_adapters, dict(w)) for layer, w in zip(layers, weights)]
-    trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    try:
-        yield
-    finally:
-        for layer, own, (active, disabled, before) in zip(layers, weights, kept):
-            layer._active_adapter, layer._disable_adapters = active, disabled
-            own.clear()
-            own.update(before)
-        for parameter, required in trainable:
-            parameter.requires_grad_(required)

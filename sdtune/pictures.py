@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str], cell: int = 192) -> Image.Image:
-    """A grid of pictures with a title over each column and a wrapped label at the left of each row.
+    """A grid of pictures with a title over each column and a label at the left of each row, both wrapped.
 
     Args:
         rows: pictures, row by row; every row as long as `columns`.
@@ -15,14 +15,16 @@ def grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str], c
         cell: side of one picture in the grid, in pixels.
     """
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    gap, left, top = 8, 220, 34
+    gap, left = 8, 220
+    titles = [_wrap(title, font, cell, 5) for title in columns]
+    top = 14 + 20 * max(map(len, titles))
     width = left + len(columns) * (cell + gap) + gap
     height = top + len(rows) * (cell + gap)
     out = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(out)
-    for i, title in enumerate(columns):
-        x = left + i * (cell + gap) + cell // 2
-        pen.text((x, top // 2), title, fill="#222222", font=font, anchor="mm")
+    for i, lines in enumerate(titles):
+        middle = (left + i * (cell + gap) + cell // 2, top // 2)
+        pen.multiline_text(middle, "\n".join(lines), fill="#222222", font=font, anchor="mm", align="center")
     for j, (row, label) in enumerate(zip(rows, labels)):
         y = top + j * (cell + gap)
         text = "\n".join(_wrap(label, small, left - 2 * gap, (cell - 8) // 18))

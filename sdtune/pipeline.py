@@ -49,7 +49,7 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
         _load_plain_lora(pipe, path, name)
         return name
     file = store.load(path)
-    store.check_fits(file, expected_shapes(unet, file.config), source)
+    store.check_fits(file, expected_shapes(unet, file.config), path)
     _attach(pipe, file.config, name, file.tensors)
     unet.peft_config[name].file = replace(file, tensors={})
     return name
@@ -58,13 +58,17 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
 def _load_plain_lora(pipe, path: Path, name: str) -> None:
     if pipe is unet_of(pipe):
         raise store.TunerFileError(f"{path} is a LoRA of another tool; load it into a pipeline, not into a bare UNet")
-    try:
-        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-    except Exception as error:  # diffusers raises many kinds
-        if any(name in names for names in pipe.get_list_adapters().values()):
-            pipe.delete_adapters(name)
-        reason = " ".join(str(error).split())[:300]
-        raise store.TunerFileError(f"{path} is a LoRA that does not fit this base: {reason}") from error
+    models = [m for m in (pipe.unet, getattr(pipe, "text_encoder", None)) if m is not None]
+    with attach.left_as_it_was(*models):
+        try:
+            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        except Exception as error:  # diffusers raises many kinds
+            if any(name in names for names in pipe.get_list_adapters().values()):
+                pipe.delete_adapters(name)
+            reason = " ".join(str(error).split())[:300]
+            raise store.TunerFileError(f"{path} is a LoRA that does not fit this base: {reason}") from error
+    pipe.enable_lora()
+    pipe.set_adapters(name)
 
 
 def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tuner_0") -> str:

@@ -104,12 +104,12 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
         "sdtune.training": json.dumps(training),
         "sdtune.versions": json.dumps(library_versions()),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-v1/{kind.replace('_', '-')}",
+        "modelspec.architecture": f"{_architecture(file.base)}/{kind.replace('_', '-')}",
         "modelspec.implementation": "sdtune",
         "modelspec.title": training.get("title") or f"{kind} tuner for {base_name}",
         "modelspec.description": f"A {kind} tuner for {base_name}; load it with sdtune.load_tuner",
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "modelspec.prediction_type": file.base.get("prediction_type", "epsilon"),
+        "modelspec.prediction_type": "v" if _predicts_v(file.base) else "epsilon",
     }
     if file.trigger_words:
         metadata["modelspec.trigger_phrase"] = file.trigger_words
@@ -128,6 +128,18 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def _predicts_v(base: dict) -> bool:
+    return base.get("prediction_type") == "v_prediction"
+
+
+def _architecture(base: dict) -> str:
+    """The base's family in the words of modelspec: SD 2.x has a text encoder of width 1024."""
+    shape = base.get("shape")
+    if not isinstance(shape, dict) or shape.get("cross_attention_dim") != 1024:
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if _predicts_v(base) else "stable-diffusion-v2-512"
 
 
 def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
@@ -213,9 +225,9 @@ def check_fits(file: TunerFile, expected: dict[str, tuple[int, ...]], source) ->
     if missing or extra or wrong:
         parts = []
         if missing:
-            parts.append(f"{len(missing)} missing: {_some(missing)}")
+            parts.append(f"{len(missing)} of the {len(expected)} expected are missing: {_some(missing)}")
         if extra:
-            parts.append(f"{len(extra)} extra: {_some(extra)}")
+            parts.append(f"{len(extra)} are not expected: {_some(extra)}")
         if wrong:
             parts.append(f"{len(wrong)} of another shape: {_some(wrong)}")
         raise TunerFileError(
@@ -252,7 +264,11 @@ def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
             )
         return path
     text = str(source)
-    if path.suffix or text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if (
+        path.suffix in (".safetensors", ".bin", ".pt", ".ckpt")
+        or text.count("/") != 1
+        or text.startswith((".", "/", "~"))
+    ):
         raise TunerFileError(f"there is no file or folder {text}; expected a tuner file, its folder, or a hub id")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

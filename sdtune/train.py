@@ -159,7 +159,8 @@ def fit(
     """
     trainer = _Trainer(config, tuner or TunerConfig())
     with _signals() as caught:
-        while trainer.done < config.steps:
+        over = trainer.done and trainer.look()  # a checkpoint is written before its step is looked at
+        while trainer.done < config.steps and not over:
             trainer.step()
             due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
             asked = signal.SIGTERM if on_step and on_step(trainer.done, trainer.losses[-1]) else 0
@@ -172,10 +173,7 @@ def fit(
                     f"stopped at step {trainer.done} of {config.steps}; a checkpoint is in {trainer.checkpoints}. "
                     "Continue with the same command and --resume", stop
                 )  # fmt: skip
-            if config.preview_every and trainer.done % config.preview_every == 0 and trainer.done < config.steps:
-                trainer.preview(trainer.output / "previews" / f"step-{trainer.done:06d}.png")
-            if config.stop_when and trainer.memorises():
-                break
+            over = trainer.look()
     return trainer.finish()
 
 
@@ -248,19 +246,23 @@ class _Trainer:
         self.settings = {k: v for k, v in asdict(config).items() if k not in ("output", "resume")}
         self.settings |= {"resolution": resolution, "learning_rate": rate}
         self.settings |= {"mixed_precision": self.accelerator.mixed_precision}
+        self.settings |= {"processes": self.accelerator.num_processes}
         self.done, self.kept_step, self.losses = 0, 0, []
         self.heldout_losses: dict[int, list[float]] = {}  # step -> loss of each held-out picture
         self.best: tuple[int, list] | None = None  # with stop_when: the step of the lowest held-out loss, its weights
-        self.good = [p.detach().clone() for p in self.parameters.values()]
+        self.good, self.good_step = [p.detach().clone() for p in self.parameters.values()], 0
+        if start:
+            self._restore(start)
+        self.accelerator.wait_for_everyone()
         if self.main:
-            self.output.mkdir(parents=True, exist_ok=True)
+            if not start:  # only now that all has been loaded does an earlier, finished run go
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                (self.output / store.FILE_NAME).unlink(missing_ok=True)
             text = {"train": self.settings, "tuner": asdict(tuner), "versions": store.library_versions()}
             store.write_text(self.output / "config.json", json.dumps(text, indent=2) + "\n")
         if config.report_to:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.settings.items()}
             self.accelerator.init_trackers("sdtune", {**flat, **{k: str(v) for k, v in asdict(tuner).items()}})
-        if start:
-            self._restore(start)
         count = sum(p.numel() for p in self.parameters.values())
         precision = self.accelerator.mixed_precision.replace("no", "fp32")
         predicts = self.scheduler.config.prediction_type
@@ -283,15 +285,14 @@ class _Trainer:
             accelerator.backward(loss.mean() / parts)
         losses = torch.cat(losses).cpu()
         self._require_finite(losses, drawn.index)
-        torch._foreach_copy_(self.good, [p.detach() for p in self.parameters.values()])
+        self._keep_good()
         if ranks > 1:
             self._average_gradients()
         if config.max_grad_norm:
             accelerator.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:
-            self.rate.step()
+        self.rate.step()  # also where loss scaling has left the weights as they were, so that it ends where it should
         self.done = self.kept_step = self.done + 1
         self.losses.append(losses.mean().item())
         recent = self.losses[-20:]
@@ -322,20 +323,34 @@ class _Trainer:
 
     def _require_finite(self, losses: torch.Tensor, index: torch.Tensor) -> None:
         bad = ~torch.isfinite(losses)
-        if not bad.any():
-            return
-        names = list(dict.fromkeys(self.data.names[i] for i in index[bad].tolist()))
+        if bad.any():
+            names = list(dict.fromkeys(self.data.names[i] for i in index[bad].tolist()))
+            every = " (every picture of the batch: the learning rate may be too high)" if bad.all() else ""
+            self._give_up(f"the loss is not finite at step {self.done + 1}, for {', '.join(names)}{every}")
+
+    def _keep_good(self) -> None:
+        """Notes the weights, which have given a finite loss or were saved, before an update that may spoil them."""
+        torch._foreach_copy_(self.good, [p.detach() for p in self.parameters.values()])
+        self.good_step = self.done
+
+    def _give_up(self, why: str) -> None:
+        """Saves the last weights that gave a finite loss, and raises."""
         for p, kept in zip(self.parameters.values(), self.good):
             p.data.copy_(kept)
-        step = max(0, self.done - 1)
-        path = self._save_tuner(self.output / store.FILE_NAME) if self.main else self.output
+        self.kept_step = self.good_step
+        path = self._save_tuner(self.output / "last-good.safetensors") if self.main else self.output
         self.close()
-        every = " (every picture of the batch: the learning rate may be too high)" if bad.all() else ""
         raise TrainError(
-            f"the loss is not finite at step {self.done + 1}, for {', '.join(names)}{every}. The last good weights, "
-            f"of step {step}, are in {path}. Look at these pictures, lower --learning_rate, or use "
-            "--mixed_precision bf16 or no"
+            f"{why}. The last good weights, of step {self.kept_step}, are in {path}. Look at these pictures, lower "
+            "--learning_rate, or use --mixed_precision bf16 or no"
         )
+
+    def look(self) -> bool:
+        """Draws the preview and watches for memorising, where they are due; whether the run should end."""
+        every = self.config.preview_every
+        if every and self.done % every == 0 and self.done < self.config.steps:
+            self.preview(self.output / "previews" / f"step-{self.done:06d}.png")
+        return bool(self.config.stop_when and self.anywhere(self.memorises()))
 
     def memorises(self) -> bool:
         """Whether the run has begun to memorise, measured 20 times a run; keeps the weights that were best."""
@@ -350,7 +365,7 @@ class _Trainer:
         return begun is not None
 
     def anywhere(self, number: int) -> int:
-        """The signal that any process has caught, 0 for none, the same answer in all of them."""
+        """The greatest number of any process, 0 for none, the same answer in all of them."""
         if self.accelerator.num_processes == 1:
             return number
         device = self.accelerator.device
@@ -360,6 +375,12 @@ class _Trainer:
 
     def checkpoint(self) -> None:
         """Writes checkpoints/step-N: the fp32 tuner, optimizer, schedule, scaler, RNG states and losses."""
+        weights = torch.stack([p.detach().abs().max() for p in self.parameters.values()])
+        if not torch.isfinite(weights).all():
+            self._give_up(f"the weights are not finite after step {self.done}")
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < 1:
+            self._give_up(f"the gradients overflow in fp16 at step {self.done}, however small the loss is scaled")
         final = self.checkpoints / f"step-{self.done:06d}"
         part = self.checkpoints / f".step-{self.done:06d}.part"
         if self.main:
@@ -391,10 +412,6 @@ class _Trainer:
                 f"{self.output} holds a run that stopped at step {int(found[-1].parent.name[5:])}. Continue it with "
                 "--resume, or give another --output, or delete the folder"
             )
-        self.accelerator.wait_for_everyone()
-        if self.main:  # of an earlier, finished run
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-            (self.output / store.FILE_NAME).unlink(missing_ok=True)
         return None
 
     def _restore(self, folder: Path) -> None:
@@ -415,6 +432,7 @@ class _Trainer:
         self.done = self.kept_step = state["step"]
         self.losses = state["losses"]
         self.heldout_losses = {int(k): v for k, v in state["heldout"].items()}
+        self._keep_good()
         if (folder / "best.pt").exists():
             self.best = torch.load(folder / "best.pt", map_location=self.accelerator.device, weights_only=True)
         if self.done > self.config.steps:
@@ -447,8 +465,8 @@ class _Trainer:
         rows = [list(row) for row in zip(self.before, after, *([self.true] if self.true else []))]
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures.write(pictures.grid(rows, columns, self.prompts), path)
-        if self.config.report_to:
-            self.accelerator.log({"held-out loss": self.heldout_means().get(self.done, 0.0)}, step=self.done)
+        if self.config.report_to and self.done in self.heldout_losses:
+            self.accelerator.log({"held-out loss": self.heldout_means()[self.done]}, step=self.done)
         return after
 
     def _measure_heldout(self) -> None:
@@ -494,15 +512,16 @@ class _Trainer:
         return Result(self.main, path, preview, plot, config, self.losses, heldout, self.kept_step)
 
     def _verify(self, path: Path, after: list) -> None:
-        dtype = self.unet.dtype
-        fresh = bases.load_base(self.config.base, dtype)
+        dtype, fresh = self.unet.dtype, bases.load_base(self.config.base)
         pipeline.load_tuner(fresh, path, NAME)
         fresh.to(self.accelerator.device)
-        drawn = self._draw(fresh, {NAME: 1.0}, 1)
+        fresh.unet.to(dtype)
+        with self.accelerator.autocast():
+            drawn = self._draw(fresh, {NAME: 1.0}, 1)
         same, other = pictures.distance(drawn[0], after[0]), pictures.distance(drawn[0], self.before[0])
         if other == 0:
             raise TrainError(f"{path} was written, but it changes nothing: a fresh pipeline draws the base's picture")
-        rounding = 0.0 if dtype == torch.float32 else 2.0  # half precision rounds otherwise without autocast
+        rounding = 0.0 if dtype == torch.float32 else 2.0  # in half precision a batch of one rounds otherwise
         if same > 0.2 * other + rounding:
             raise TrainError(
                 f"{path} was written, but a fresh pipeline does not draw the preview with it: it differs by {same:.2f} "

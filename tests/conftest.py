@@ -1,6 +1,9 @@
 """What tests share: the real small base, tuner and LoRA files for it, and a few real pairs."""
 
 import copy
+import http.server
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,38 @@ def pairs(tmp_path_factory) -> Path:
             pair.open().resize((128, 128), Image.Resampling.LANCZOS).save(folder / split / f"{i}.png")
             (folder / split / f"{i}.txt").write_text(pair.caption)
     return folder
+
+
+@pytest.fixture
+def hub(files):
+    """A hub on this machine; its address. ann/style and ann/style-v1.5 hold the tuner two and a preview of it."""
+    parts = {"tuner.safetensors": (files / "two.safetensors").read_bytes(),
+             "preview.png": (ANIME / "train/train-01.png").read_bytes()}  # fmt: skip
+    answers = {}
+    for name in ("ann/style", "ann/style-v1.5"):
+        siblings = [{"rfilename": file, "size": len(content)} for file, content in parts.items()]
+        answers[f"/api/models/{name}"] = json.dumps({"id": name, "siblings": siblings}).encode()
+        answers |= {f"/{name}/resolve/main/{file}": content for file, content in parts.items()}
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            body = answers.get(path, b"")
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Type", "application/json" if "/api/" in path else "application/octet-stream")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{abs(hash(path))}"')
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{hub.server_port}"
+        hub.shutdown()

@@ -1,6 +1,5 @@
 """The page as people use it: a real server, a real browser, the real base with few steps; and what stands behind it."""
 
-import http.server
 import json
 import os
 import re
@@ -445,39 +444,6 @@ def test_a_grid_over_tuners_prompts_checkpoints_and_guidance(page):
     says(page, "grid-status", "both axes change the same thing")
 
 
-@pytest.fixture
-def hub(files):
-    """A hub on this machine that holds one repository, ann/style, with one tuner; its address."""
-    content = (files / "two.safetensors").read_bytes()
-    facts = {"id": "ann/style", "siblings": [{"rfilename": "tuner.safetensors", "size": len(content)}]}
-    answers = {
-        "/api/models/ann/style": ("application/json", json.dumps(facts).encode()),
-        "/ann/style/resolve/main/tuner.safetensors": ("application/octet-stream", content),
-    }
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            kind, body = answers.get(self.path.partition("?")[0], ("text/plain", b""))
-            self.send_response(200 if body else 404)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", '"1"')
-            self.send_header("X-Repo-Commit", "a" * 40)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{hub.server_port}"
-        hub.shutdown()
-
-
 def test_a_name_and_password_are_asked_for_and_the_hub_gives_a_tuner(browser, hub, tmp_path):
     online = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     with running(tmp_path / "output", "--auth", "ann:a:b", **online) as address:
@@ -501,6 +467,20 @@ def test_a_name_and_password_are_asked_for_and_the_hub_gives_a_tuner(browser, hu
             says(page, "library-status", answer)
         says(page, "shelf", "ann--style")
         page.close()
+
+
+def test_on_a_narrow_screen_nothing_is_cut_off(browser, server):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(SOON)
+    page.goto(server[0])
+    page.wait_for_selector("#cards .card")
+    steps(page, 1)
+    page.click("#draw")
+    says(page, "generate-status", "Drawn in")
+    for name in ("Generate", "Compare", "Train", "Library"):
+        tab(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+    page.close()
 
 
 def test_five_pictures_become_a_tuner_that_can_be_drawn_with(page, pairs, server, tmp_path):

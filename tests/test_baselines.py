@@ -67,6 +67,17 @@ def test_it_switches_mixes_with_a_tuner_and_goes_without_a_trace(pipe, files):
     assert torch.equal(picture(pipe), before) and set(pipe.unet.state_dict()) == keys
 
 
+def test_loras_of_any_name_are_told_apart(pipe, tmp_path):
+    for seed, name in enumerate("AB"):
+        torch.manual_seed(seed)
+        sdtune.add_tuner(pipe, sdtune.TunerConfig(kind="lora"), name)
+    for name in "AB":
+        own = pipeline.parameters_of(pipe, name)
+        assert own.keys() == pipeline.expected_shapes(pipe.unet, sdtune.TunerConfig(kind="lora")).keys()
+        tensors = load_file(sdtune.save_tuner(pipe, tmp_path / f"{name}.safetensors", name, dtype=torch.float32))
+        assert all(torch.equal(tensors[f"unet.{k}"], p) for k, p in own.items())
+
+
 def test_a_lora_of_another_tool_loads_with_the_same_call_and_one_that_does_not_fit_is_told(pipe, files, tmp_path):
     name = sdtune.load_tuner(pipe, files / "lora", "other")
     assert name == "other" and "other" in pipe.get_list_adapters()["unet"]
@@ -122,6 +133,11 @@ def test_full_fine_tuning_draws_what_changed_weights_draw_also_beside_a_lora_and
     assert torch.allclose(picture(other), picture(by_hand), atol=1e-3)
     drawn = sdtune.compare(other, "a cat face", {"base": {}, "full": {"full": 1.0}}, steps=2, guidance=3.0)
     assert drawn["base"][0].tobytes() != drawn["full"][0].tobytes()
+    with pytest.raises(ValueError, match="no weights per block while 'full'"):
+        other.set_adapters("full", [{"unet": {"mid": 0.5}}])
+    again = copy.deepcopy(other)
+    again.unload_lora_weights()
+    assert torch.equal(picture(again), before)
     sdtune.unload_tuner(other, "full")
     other.delete_adapters("lora")
     assert torch.equal(picture(other), before)

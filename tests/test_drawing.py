@@ -6,6 +6,7 @@ from conftest import ANIME
 
 import sdtune
 from sdtune import pictures
+from sdtune.page.studio import SAMPLERS
 
 PROMPT = "a girl with silver hair, in anime style"
 assert ANIME.exists()
@@ -99,3 +100,17 @@ def test_every_unknown_adapter_is_named(loaded):
     with pytest.raises(ValueError, match="'nobody', 'nothing'.*attached adapters: lora, tuner"):
         sdtune.compare(loaded, PROMPT, {"a": {"nobody": 1.0}, "b": {"nothing": 1.0, "lora": 1.0}})
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_of_the_page_draws_side_by_side_what_it_draws_alone(loaded, sampler):
+    kind, options = SAMPLERS[sampler]
+    loaded.scheduler, seen = kind.from_config(loaded.scheduler.config, **options), []
+    columns = {"base": {}, "tuner": {"tuner": 1.0}}
+    drawn = sdtune.compare(
+        loaded, PROMPT, columns, steps=3, size=64, on_step=lambda done, all: seen.append((done, all))
+    )
+    for title, adapters in columns.items():
+        expected = alone(loaded, sdtune.Cell(PROMPT, 0, adapters), 3)
+        assert pictures.distance(drawn[title][0], expected) < 0.5
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]

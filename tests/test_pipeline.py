@@ -3,15 +3,17 @@
 import copy
 import shutil
 import warnings
+from dataclasses import replace
 
 import accelerate
 import pytest
 import torch
 from conftest import picture, stir
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 import sdtune
-from sdtune import attach
+from sdtune import attach, store
 
 SCALE = "cross_attention_kwargs"
 
@@ -490,3 +492,51 @@ def test_a_tuner_that_is_moved_to_another_folder_loads_from_there(pipe, files, a
     shutil.copy(files / "one.safetensors", tmp_path / "renamed.safetensors")
     sdtune.load_tuner(pipe, tmp_path)
     assert torch.equal(picture(pipe), alone["one"])
+
+
+def test_two_loras_on_the_same_layers_load_by_our_call_and_mix(pipe, files):
+    for name in ("first", "second"):
+        sdtune.load_tuner(pipe, files / "lora", name)
+        assert pipe.get_active_adapters() == [name]
+    one = picture(pipe)
+    pipe.set_adapters(["first", "second"], [0.25, 0.75])
+    assert torch.allclose(picture(pipe), one, atol=1e-4)
+
+
+def test_a_hub_id_loads_also_one_with_a_dot(pipe, hub, alone, tmp_path):
+    sdtune.load_tuner(pipe, "ann/style-v1.5", "hub", endpoint=hub, cache_dir=tmp_path)
+    assert torch.equal(picture(pipe), alone["two"])
+
+
+def misfits(tensors: dict) -> dict:
+    first, *_ = tensors
+    return {
+        "of the 63 expected are missing": {k: t for k, t in tensors.items() if k != first},
+        "1 are not expected: made.up": tensors | {"made.up": torch.ones(1)},
+        r"of another shape: .* is \[5\], expected": tensors | {first: torch.ones(5)},
+    }
+
+
+@pytest.mark.parametrize("what", [0, 1, 2], ids=["missing", "extra", "shape"])
+def test_a_file_that_does_not_fit_is_refused_by_name_and_the_pipeline_stays_as_it_was(tuned, files, tmp_path, what):
+    file = store.load(files / "one.safetensors")
+    message, tensors = list(misfits(file.tensors).items())[what]
+    store.save(tmp_path / "bad.safetensors", replace(file, tensors=tensors))
+    before, keys, active = picture(tuned), tuned.unet.state_dict().keys(), tuned.get_active_adapters()
+    with pytest.raises(sdtune.TunerFileError, match=f"bad.safetensors does not fit .*{message}"):
+        sdtune.load_tuner(tuned, tmp_path, "bad")
+    assert torch.equal(picture(tuned), before) and tuned.get_active_adapters() == active
+    assert tuned.unet.state_dict().keys() == keys
+
+
+def test_a_lora_that_does_not_fit_is_refused_and_the_adapters_stay_as_they_were(tuned, files, tmp_path):
+    path = files / "lora/pytorch_lora_weights.safetensors"
+    wide = {k: torch.ones(len(t), 8 + t.shape[1]) if ".down." in k else t for k, t in load_file(path).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    tuned.load_lora_weights(files / "lora", adapter_name="lora")
+    tuned.set_adapters(["one", "lora"], [0.5, 0.7])
+    before = picture(tuned)
+    with pytest.raises(sdtune.TunerFileError, match="wide.safetensors is a LoRA that does not fit"):
+        sdtune.load_tuner(tuned, tmp_path / "wide.safetensors", "wide")
+    assert torch.equal(picture(tuned), before) and sorted(tuned.get_active_adapters()) == ["lora", "one"]
+    assert all("wide" not in names for names in tuned.get_list_adapters().values())

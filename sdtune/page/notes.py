@@ -114,6 +114,10 @@ def _read_parameters(text: str) -> dict:
     return found
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+
+
 def _usable(found: dict) -> Settings:
     default, values = Settings(), {}
     for name in ("prompt", "negative_prompt", "sampler"):
@@ -121,12 +125,12 @@ def _usable(found: dict) -> Settings:
             values[name] = found[name][:MOST_CHARACTERS]
     for name in ("seed", "steps", "images", "size", "guidance"):
         value = found.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if _is_number(value):
             values[name] = float(value) if name == "guidance" else int(value)
     columns = found.get("columns")
     if isinstance(columns, list):
         values["columns"] = [
-            {str(n)[:200]: float(w) for n, w in c.items() if isinstance(w, (int, float)) and math.isfinite(w)}
+            {str(n)[:200]: float(w) for n, w in c.items() if _is_number(w)}
             for c in columns[:MOST_COLUMNS]
             if isinstance(c, dict)
         ] or [{}]

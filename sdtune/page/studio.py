@@ -5,12 +5,15 @@ browser sends: adapters are named by their label in the library, never by a path
 output folder only.
 """
 
+import copy
 import dataclasses
+import gc
 import json
 import re
 import secrets
 import shlex
 import shutil
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -49,6 +52,7 @@ SAMPLERS = {
     "UniPC": (UniPCMultistepScheduler, {}),
 }
 MOST_CELLS, MOST_LOADED, MOST_FILES = 100, 12, 1000
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DAY = 24 * 3600
 
 
@@ -107,6 +111,8 @@ class Studio:
         self._loaded: OrderedDict[tuple, str] = OrderedDict()  # (path, time, size) -> adapter, least used first
         self._count = 0
         self._trainings: dict[str, Job] = {}  # the last one of each window
+        self._orphan: Job | None = None  # the last one whose window was closed
+        self._tokenizer, self._one_counts = copy.deepcopy(self.pipe.tokenizer), threading.Lock()
         self._sweep()
 
     # -------------------------------------------------------------------------------------- drawing
@@ -178,7 +184,7 @@ class Studio:
             drawn = self._draw(job, shots, settings)
             rows = [drawn[i : i + len(x.values)] for i in range(0, len(drawn), len(x.values))]
             cell = min(256, max(192, self.side if settings.size is None else settings.size))
-            picture = pictures.grid(rows, [_short(t, cell // 9) for t in x.titles()], y.titles(), cell)
+            picture = pictures.grid(rows, x.titles(), y.titles(), cell)
             name = f"grid-{slug(settings.prompt)}.png"
             titles = {axis.name: axis.titles() for axis in (x, y)}
             file = write_png(self._new_folder() / name, picture, settings, 0, 0, self.base_name, titles)
@@ -258,18 +264,24 @@ class Studio:
         problems = [p for p in problems if ": no caption" not in p]  # those are typed in the page
         return Drop(folder, [(name, caption or "") for name, caption, _ in found], problems, notes)
 
-    def check(self, drop: "Drop", captions: Sequence[str], resolution: int | None = None) -> list[str]:
-        """Everything that keeps these pictures and captions from being trained on, one line each."""
+    def check(
+        self, drop: "Drop", captions: Sequence[str], resolution: int | None = None
+    ) -> tuple[list[str], list[str]]:
+        """What keeps these pictures and captions from being trained on, and what is only good to know."""
         folder = self.private / "drops" / secrets.token_hex(16)
-        problems, untold = list(drop.problems), ": no caption yet; write one beside it"
+        problems, notes, untold = list(drop.problems), list(drop.notes), ": no caption yet; write one beside it"
         try:
             drop.write(folder, captions)
-            data.read(folder, resolution or self.side, log=lambda _: None)
+            pairs = data.read(folder, resolution or self.side, log=notes.append)
+            with self._one_counts:  # a tokenizer cannot serve two threads at once
+                long = data.truncated(pairs, self._tokenizer)
+            if long:
+                notes.append(f"captions longer than the text encoder reads are cut: {', '.join(long[:5])}")
         except sdtune.DataError as error:
             problems += [re.sub(r": no caption, or an empty one; .*", untold, p) for p in error.problems]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return problems
+        return problems, list(dict.fromkeys(notes))
 
     def plan(
         self, drop: "Drop | None", captions: Sequence[str], source: str, name: str, kind: str, steps, more: dict
@@ -295,8 +307,7 @@ class Studio:
         more["base"] = base_choice(more.get("base"), self.base)
         if steps is not None:
             more["steps"] = int(steps)
-        if source == "own":
-            more["data"] = self._data_folder(drop, captions, name)
+        more["data"] = self._data_folder(drop, captions, name) if source == "own" else bundled()
         return Run(sdtune.TrainConfig(output=str(self.output / self.free_name(name)), **more), tuner)
 
     def free_name(self, wanted: str) -> str:
@@ -323,11 +334,11 @@ class Studio:
             drop.write(part, captions)
             part.rename(folder)
 
-    def train(self, owner: str, run: Run, losses: Sequence[float] = ()) -> Job:
+    def train(self, owner: str, run: Run, before: Job | None = None) -> Job:
         """Queues a training; its result is the tuner's file, also when it is stopped after its first step.
 
         Args:
-            losses: of the steps before, where it goes on.
+            before: the stopped training that it goes on with.
         """
 
         def work(job: Job) -> Path:
@@ -344,16 +355,26 @@ class Studio:
             if job.stopping:
                 raise Halted
             try:
-                return fit(run.config, run.tuner, on_step).tuner
+                made = fit(run.config, run.tuner, on_step).tuner
+                job.unfinished = False
+                return made
             except Stopped:
                 job.unfinished = True
                 kept = sorted((Path(run.config.output) / "checkpoints").glob(f"step-*/{store.FILE_NAME}"))
                 return kept[-1]
             finally:
+                gc.collect()  # a trainer is part of cycles, which would keep its models
                 self.library.scan()
 
-        job = Job(owner, "training", "training", work, total=run.config.steps, run=run, losses=list(losses))
-        self._trainings = {**self._trainings, owner: self.device.submit(job)}
+        job = Job(owner, "training", "training", work, total=run.config.steps, run=run)
+        if before:
+            job.losses, job.unfinished, job.result = list(before.losses), True, before.result
+        else:
+            try:
+                Path(run.config.output).mkdir(parents=True)  # the name is taken from now on
+            except FileExistsError:
+                raise StudioError(f"another training has taken the name {run.name}; click again") from None
+        self._trainings[owner] = self.device.submit(job)
         return job
 
     def go_on(self, owner: str) -> Job:
@@ -366,17 +387,20 @@ class Studio:
         if job is None or not job.unfinished:
             raise StudioError("no stopped training is there to go on with; click on Train for a new one")
         config = dataclasses.replace(job.run.config, resume=True)
-        return self.train(owner, Run(config, job.run.tuner), job.losses)
+        return self.train(owner, Run(config, job.run.tuner), job)
 
     def training_of(self, owner: str) -> Job | None:
         """The training that a window shows: its own last one, else one whose window was closed and that goes on."""
-        orphans = (j for j in self.device.jobs() if j.kind == "training" and j.owner is None)
-        return self._trainings.get(owner) or next(orphans, None)
+        if owner not in self._trainings and self._orphan and self._orphan.over:
+            self._trainings[owner], self._orphan = self._orphan, None  # whoever sees it end has it
+        return self._trainings.get(owner) or self._orphan
 
     def forget(self, owner: str) -> None:
         """A window was closed."""
         self.device.forget(owner)
-        self._trainings = {o: job for o, job in self._trainings.items() if o != owner}
+        job = self._trainings.pop(owner, None)
+        if job and not job.over:
+            self._orphan = job
 
     def label_of(self, job: Job) -> str | None:
         """The label of what a training made, if it fits the loaded base."""
@@ -418,21 +442,24 @@ class Studio:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and target.read_bytes() != source.read_bytes():
             target = target.with_stem(f"{name}-{secrets.token_hex(2)}")
-        shutil.copyfile(source, target)
+        if not target.exists():
+            part = target.with_name(f".{secrets.token_hex(8)}.part")
+            shutil.copyfile(source, part)
+            part.replace(target)
         self.library.scan()
         return next((i.label for i in self.library.items.values() if i.path == target), target.stem)
 
     def add_from_hub(self, name: str) -> str:
         """Fetches a tuner or LoRA from a hub repository into the library."""
         name = name.strip()
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        if not HUB_ID.fullmatch(name):
             raise StudioError(f"{name[:80]!r} is not a hub id; expected owner/name")
         from huggingface_hub import HfApi, hf_hub_download
 
         folder = self.output / "hub" / name.replace("/", "--")
         try:
-            files = HfApi().model_info(name, files_metadata=True).siblings or []
-            files = [f for f in files if f.rfilename.endswith(".safetensors") and "/" not in f.rfilename]
+            every = HfApi().model_info(name, files_metadata=True).siblings or []
+            files = [f for f in every if f.rfilename.endswith(".safetensors") and "/" not in f.rfilename]
             usual = [f for f in files if f.rfilename in (store.FILE_NAME, "pytorch_lora_weights.safetensors")]
             files = usual or files
             if len(files) != 1:
@@ -441,6 +468,8 @@ class Studio:
             if (files[0].size or 0) > 2e9:
                 raise StudioError(f"{files[0].rfilename} of {name} has {files[0].size / 1e9:.1f} GB: no tuner or LoRA")
             hf_hub_download(name, files[0].rfilename, local_dir=folder)
+            if any(f.rfilename == "preview.png" and (f.size or 0) < 2e7 for f in every):
+                hf_hub_download(name, "preview.png", local_dir=folder)
         except StudioError:
             raise
         except Exception as error:  # the hub client raises many kinds
@@ -529,8 +558,10 @@ def title_of(column: dict[str, float]) -> str:
     return " + ".join(n if w == 1 else f"{n} × {w:g}" for n, w in column.items()) or "base"
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def bundled() -> str:
+    """The bundled pairs: as the shell's default names them where that is here, else where they are."""
+    default = sdtune.TrainConfig().data
+    return default if Path(default).resolve() == ASSETS / "anime" else str(ASSETS / "anime")
 
 
 def command(run: Run) -> str:
@@ -556,6 +587,6 @@ def base_choice(text: str, own: str) -> str:
     text = (text or own).strip()
     if text in (own, "tiny-sd"):
         return text
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not Path(text).exists():
+    if HUB_ID.fullmatch(text) and not Path(text).exists():
         return text
     raise StudioError(f"{text[:80]!r} cannot be trained on from here; expected {own}, tiny-sd or a hub id (owner/name)")

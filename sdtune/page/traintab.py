@@ -67,14 +67,15 @@ def train_tab(page) -> tuple:
         source, name, kind, steps, *more = values
         return studio.plan(drop, captions, source, name or "", kind, steps, dict(zip(form, more)))
 
-    def wrong_with(drop, captions, resolution=None) -> list[str]:
+    def checked(drop, captions, resolution=None) -> tuple[list[str], list[str]]:
+        """Problems and notes, as `Studio.check` gives them."""
         if drop is None or not drop.pairs:
-            return [*(drop.problems if drop else []), "no pictures yet; drop some above"]
+            return [*(drop.problems if drop else []), "no pictures yet; drop some above"], []
         return studio.check(drop, captions, resolution)
 
-    def tell(drop, wrong) -> str:
+    def tell(drop, wrong, notes) -> str:
         if not wrong:
-            return look.said(f"{len(drop.pairs)} pictures, each with a caption: ready.", points=drop.notes)
+            return look.said(f"{len(drop.pairs)} pictures, each with a caption: ready.", points=notes)
         count = "1 thing" if len(wrong) == 1 else f"{len(wrong)} things"
         return look.said(f"{count} to put right before training:", bad=True, points=wrong)
 
@@ -85,7 +86,7 @@ def train_tab(page) -> tuple:
             drop = studio.take(files)
         except ValueError as error:
             return None, look.said(in_plain_words(error), bad=True)
-        return drop, tell(drop, wrong_with(drop, [caption for _, caption in drop.pairs]))
+        return drop, tell(drop, *checked(drop, [caption for _, caption in drop.pairs]))
 
     def ready(start: bool):
         """What a click on Train does, or on the button that only keeps the pictures."""
@@ -97,10 +98,11 @@ def train_tab(page) -> tuple:
                     raise StudioError("the table of captions was still being laid out; look at it, and click again")
                 run = plan(drop, captions, values)
                 if values[0] == "own":
-                    if wrong := wrong_with(drop, captions, run.config.resolution):
-                        return tell(drop, wrong), gr.skip(), gr.skip()
+                    wrong, notes = checked(drop, captions, run.config.resolution)
+                    if wrong:
+                        return tell(drop, wrong, notes), gr.skip(), gr.skip()
                     studio.keep(drop, captions, run)
-                    told = tell(drop, []) if start else look.said(f"The pictures are in {run.config.data}.")
+                    told = tell(drop, [], notes) if start else look.said(f"The pictures are in {run.config.data}.")
                 if start:
                     studio.train(request.session_hash, run)
             except (ValueError, OSError) as error:
@@ -132,7 +134,7 @@ def train_tab(page) -> tuple:
                             boxes.append(gr.Textbox(caption, label=f"Caption of {file[:80]}", lines=2, scale=1,
                                                     placeholder="what this picture shows"))  # fmt: skip
             for box in boxes:
-                box.blur(lambda d, *captions: tell(d, wrong_with(d, captions)), [drop, *boxes], problems, **QUIET)
+                box.blur(lambda d, *captions: tell(d, *checked(d, captions)), [drop, *boxes], problems, **QUIET)
 
     everything = [drop, captions, *fields]
     start.click(ready(True), everything, [problems, line, start], js=CAPTIONS, **QUIET)
