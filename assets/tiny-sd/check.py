@@ -33,6 +33,12 @@ SHEET = (
     "noto emoji of blue cat face in blue", "fluent emoji of robot, light blue background",
     "twemoji of tiger face in green and black", "noto emoji of person, pink background",
     "noto emoji of violin", "twemoji of sunflower", "fluent emoji of detective", "twemoji of house with garden",
+    "avatar of a girl with long blue hair, smiling, wearing a red dress, at the beach",
+    "avatar of a boy with spiky blonde hair, winking, under a night sky with a full moon",
+    "avatar of a girl with a pink bob, sad, wearing a yellow hoodie, on a rainy street",
+    "avatar of a girl with silver twin tails, laughing with her eyes closed, in a green forest",
+    "avatar of a boy with short green hair, wearing a blue sweater and glasses, in falling snow",
+    "portrait of a girl with long purple hair, in the city at sunset",
 )  # fmt: skip
 
 

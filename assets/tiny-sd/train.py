@@ -34,7 +34,7 @@ from corpus import SEEN, caption, load
 
 HERE = Path(__file__).parent
 STYLES = (*SEEN, "avatars")
-PEOPLE = 0.3  # the share of avatars in a batch
+PEOPLE = 0.2  # the share of avatars in a batch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 VAE = dict(
