@@ -245,3 +245,46 @@ def test_the_loss_is_the_weighted_error_of_noise_or_velocity(prediction):
     states = torch.zeros(3, 1, 1)
     assert torch.allclose(train.training_loss(unet, scheduler, x, noise, t, states), plain)
     assert torch.allclose(train.training_loss(unet, scheduler, x, noise, t, states, 5.0), plain * weight, rtol=1e-4)
+
+
+def test_a_noise_offset_moves_each_channel_as_a_whole():
+    encoded = data.Encoded(["x"] * 3, torch.zeros(3, 1, 4, 8, 8), None, None, None)
+    with_it, without = (
+        train.draws(sdtune.TrainConfig(noise_offset=offset), 0, 3, encoded, 1000).noise for offset in (0.5, 0.0)
+    )
+    moved = (with_it - without).flatten(2)
+    assert torch.allclose(moved, moved[:, :, :1].expand_as(moved), atol=1e-5) and moved[..., 0].unique().numel() == 12
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 0.75, 0.5, 0.25]), ("cosine", [0.5, 1, 0.854, 0.5, 0.146])],
+)
+def test_the_rate_rises_and_falls_as_asked(pairs, tmp_path, monkeypatch, shape, expected):
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer, *args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    sdtune.fit(small(pairs, tmp_path, steps=6, lr_scheduler=shape, lr_warmup_steps=2))
+    assert [r / 1e-3 for r in rates[1:]] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_dropped_caption_is_the_empty_one(pairs, tmp_path, monkeypatch):
+    seen, plain = {}, train.training_loss
+
+    def noted(unet, scheduler, latents, noise, timesteps, states, gamma=0.0):
+        if gamma:
+            seen.setdefault(dropout, []).append(states)
+        return plain(unet, scheduler, latents, noise, timesteps, states, gamma)
+
+    monkeypatch.setattr(train, "training_loss", noted)
+    for dropout in (0.0, 1.0):
+        sdtune.fit(small(pairs, tmp_path / str(dropout), steps=1, caption_dropout=dropout))
+    (kept,), (dropped,) = seen[0.0], seen[1.0]
+    assert torch.equal(dropped[0], dropped[1]) and not torch.equal(kept[0], kept[1])
+    pipe = sdtune.load_base("tiny-sd")
+    empty = data.encode_text([""], pipe.tokenizer, pipe.text_encoder)
+    assert torch.allclose(dropped[:1], empty, atol=1e-5)

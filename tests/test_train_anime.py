@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers.hf_argparser import HfArgumentParser
 
 import sdtune
+from sdtune import data, store
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--batch_size", "2", "--preview_steps", "1", "--preview_every", "0", "--preview_prompts", "a girl"]
@@ -108,3 +113,24 @@ def test_bad_input_ends_with_a_sentence_and_no_traceback(tmp_path):
     assert "rank is 0" in complaint("--rank", "0")
     assert "attn9" in complaint("--ops", "attn1", "attn9")
     assert str(tmp_path / "base") in complaint("--base", str(tmp_path / "base"))
+
+
+def test_the_shipped_tuner_and_lora_are_what_the_readmes_two_lines_make():
+    readme = (ROOT / "README.md").read_text()
+    for name in ("anime_res_attn", "anime_lora"):
+        (line,) = re.findall(rf"^accelerate launch train_anime.py (.*--output output/{name}.*)$", readme, re.MULTILINE)
+        tuner, config = HfArgumentParser((sdtune.TunerConfig, sdtune.TrainConfig)).parse_args_into_dataclasses(
+            shlex.split(line)
+        )
+        file = store.load(ROOT / f"assets/{name}.safetensors")
+        asked = {k: v for k, v in asdict(config).items() if v is not None and k in file.training}
+        assert file.config == tuner
+        assert {k: file.training[k] for k in asked} == asked and file.training["steps_done"] == config.steps
+
+
+def test_the_bundled_pairs_are_30_and_12_of_512_px_in_one_style():
+    train, test = (data.read(ROOT / "assets/anime", 512, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (30, 12)
+    captions = [pair.caption for pair in train + test]
+    assert len(set(captions)) == 42 and all(c.endswith(", in anime style") for c in captions)
+    assert {pair.open().size for pair in train + test} == {(512, 512)}
