@@ -424,6 +424,7 @@ def test_a_grid_over_tuners_prompts_checkpoints_and_guidance(page):
     page.locator("#which-across").wait_for()
     page.locator("#grid-tuner").wait_for(state="hidden")  # an axis decides it
     choose(page, "axis-down", "prompt")
+    page.locator("#values-down", has_text="Prompts").wait_for()  # with that its values have been laid out
     page.locator("#values-down textarea").fill("a girl\na boy\na cat")
     page.click("#draw-grid")
     says(page, "grid-status", "Drawn in")
@@ -433,6 +434,7 @@ def test_a_grid_over_tuners_prompts_checkpoints_and_guidance(page):
     choose(page, "axis-across", "training checkpoint")
     page.locator("#which-across", has_text="run @ step 4").wait_for()
     choose(page, "axis-down", "guidance")
+    page.locator("#values-down", has_text="Guidances").wait_for()
     page.locator("#values-down textarea, #values-down input").fill("1, 5")
     old = page.locator("#grid img.shot").evaluate("i => i.src")
     page.click("#draw-grid")
@@ -549,7 +551,7 @@ def test_two_windows_share_the_device_and_nothing_else(page, browser, server):
     says(page, "generate-status", re.compile(r"step [1-9]\d* of"))
     other.click("#draw")
     says(other, "generate-status", "1 ahead of you")
-    assert "another window's drawing" in other.locator(".chip").inner_text()
+    other.locator(".chip", has_text="another window's drawing").wait_for()
     page.click("#stop")
     says(other, "generate-status", "Drawn in")
     assert page.locator("#sheet img.shot").count() == 0 and other.locator("#sheet img.shot").count() > 0
