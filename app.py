@@ -25,8 +25,8 @@ from sdtune.page.traintab import QUIET, train_tab
 from sdtune.pipeline import usual_guidance
 
 EXAMPLES = [
-    "a girl with silver hair and red eyes, under cherry blossoms, in anime style",
-    "a boy with spiky black hair and blue eyes, smiling, in the city at sunset, in anime style",
+    "a girl with long blue hair, under a night sky with a full moon, in anime style",
+    "a boy with spiky black hair, smiling, in the city at sunset, in anime style",
     "a girl with pink twin tails and cat ears, laughing, in anime style",
 ]
 AXES = [("tuner or LoRA", "tuner"), ("weight", "weight"), ("seed", "seed"), ("prompt", "prompt"),

@@ -357,7 +357,7 @@ def test_columns_side_by_side_and_a_picture_that_remembers(page, tmp_path):
     says(page, "generate-status", "Restored.")
     page.wait_for_function("document.querySelectorAll('.card').length >= 3")
     assert page.locator("#seed input").input_value() == "11"
-    assert "silver hair" in page.locator("#prompt textarea").input_value()
+    assert "blue hair" in page.locator("#prompt textarea").input_value()
     (tmp_path / "d.png").write_text("no picture")
     page.set_input_files("#restore input[type=file]", tmp_path / "d.png")
     says(page, "generate-status", "no whole PNG")
