@@ -374,7 +374,12 @@ class Studio:
                 Path(run.config.output).mkdir(parents=True)  # the name is taken from now on
             except FileExistsError:
                 raise StudioError(f"another training has taken the name {run.name}; click again") from None
-        self._trainings[owner] = self.device.submit(job)
+        try:
+            self._trainings[owner] = self.device.submit(job)
+        except StudioError:
+            if not before:
+                Path(run.config.output).rmdir()  # nobody has taken the name, after all
+            raise
         return job
 
     def go_on(self, owner: str) -> Job:
