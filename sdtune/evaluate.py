@@ -6,10 +6,11 @@
     python -m sdtune.evaluate --methods ablation --tasks openmoji --output output/ablation
 
 Every method trains on the same pairs with the same data order, noise and steps, at matched parameter counts. Its
-learning rate is the one of --rates with the lowest denoising error on a quarter of the *training* pairs; then it
-trains on all of them with several seeds and draws held-out prompts, whose true pictures are known. Written into the
-output folder: table.md, table.csv, results.json, grid.png, curves.png. What is finished is kept there and skipped by
-the next start, what was interrupted goes on; processes and machines that share the folder share the work.
+learning rate is the one of --rates (a tenth of these for full fine-tuning) with the lowest denoising error on a
+quarter of the *training* pairs; then it trains on all of them with several seeds and draws held-out prompts, whose
+true pictures are known. Written into the output folder: table.md, table.csv, results.json, grid.png, curves.png. What
+is finished is kept there and skipped by the next start, what was interrupted goes on; processes and machines that
+share the folder share the work.
 """
 
 import argparse
@@ -135,7 +136,7 @@ class Report:
         done, evaluation = self._done(task, label), self.evaluation
         config = evaluation.methods[self.reference if label == SHUFFLED else label]
         runs = done["runs"].get(label, [])
-        rate, rates = done["rate"], self.settings.rates
+        rate, rates = done["rate"], [float(r) for r in done["rates"]]
         known = {key: [r[key] for r in runs if r.get(key)] for key in ("step_seconds", "peak_memory", "file_bytes")}
         curve = done["rates"].get(f"{rate:g}", {}).get("validation") if rate else None
         curve = {int(step): errors for step, errors in curve.items()} if curve else None
@@ -289,7 +290,8 @@ class Report:
             if validation:
                 self._plot_validation(task, *validation)
             first = next(r for r in rows if r.label == self.reference)
-            others = [r for r in rows if r.label in (SHUFFLED, *self.evaluation.methods) and r.against(first, "error")]
+            others = [r for r in rows if r.label in (SHUFFLED, *self.evaluation.methods) and r is not first]
+            others = [r for r in others if r.against(first, "error")]
             for i, e in enumerate(r.against(first, "error") for r in others):
                 heldout.plot([e.low, e.high], [i, i], color="#2f6db3")
                 heldout.plot([e.value], [i], "o", color="#2f6db3")

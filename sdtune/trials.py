@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from . import bases, data, drawing, measures, pipeline, store
 from .config import TrainConfig
 from .train import Stopped, TrainError, denoising_errors, fit
-from .tuners import TunerConfig
+from .tuners import FULL, TunerConfig
 
 ROOT = Path(__file__).parent.parent
 TASKS = {
@@ -173,10 +173,10 @@ class Settings:
     methods: list[str] = field(default_factory=lambda: ["paper", "baselines"])
     seeds: int = 3
     steps: int = 300
-    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2])
+    rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2])
     prompts: int = 100
-    batch_size: int = 10
-    drawing_steps: int = 25
+    batch_size: int = 4
+    drawing_steps: int = 20
     base: str = "tiny-sd"
     output: str = "output/evaluation"
 
@@ -282,9 +282,9 @@ class Evaluation:
 
         Returns:
             `rate`, the best (None if the loss was not finite at any), and `rates`: for each its run. A single rate
-            is taken as it is.
+            is taken as it is. Full fine-tuning gets a tenth of each, as is its trainer's default.
         """
-        rates = self.settings.rates
+        rates = [r / 10 if self.methods[name].kind == FULL else r for r in self.settings.rates]
         if len(rates) == 1:
             return {"rate": rates[0], "rates": {}}
         runs = {rate: self.train(task, name, self.methods[name], rate, None) for rate in rates}
@@ -318,7 +318,7 @@ class Evaluation:
         settings = TrainConfig(
             data=str(source), base=self.settings.base, output=str(folder), steps=steps, learning_rate=rate,
             batch_size=self.settings.batch_size, seed=seed or 0, mixed_precision=self.precision, preview_every=0,
-            preview_steps=1, preview_prompts=captions[:1], checkpoint_every=max(1, steps // 6),
+            preview_steps=1, preview_prompts=captions[:1], checkpoint_every=-(-steps // 5),
             resume=any((folder / "checkpoints").glob("step-*/state.json")),
         )  # fmt: skip
         run, memory, times = {"failed": None, "rate": rate, "seed": seed, "peak_memory": None}, _Memory(), []
