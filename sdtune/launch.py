@@ -1,7 +1,8 @@
-"""Several processes without a GPU: what `accelerate launch --num_processes N` asks for and does not start."""
+"""What surrounds a run: signals that end it, and several processes where there is no GPU."""
 
 import argparse
 import os
+import signal
 import sys
 
 import psutil
@@ -31,3 +32,35 @@ def replace_by(count: int, target: list[str], arguments: list[str]) -> None:
     """Replaces this process by `count` ones of `target`, a script or ["-m", module]. Does not return."""
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *target]
     os.execv(sys.executable, [sys.executable, *run, *arguments])
+
+
+class signals:
+    """Notes SIGINT and SIGTERM in `number` instead of dying; the second one kills as usual.
+
+    Under `accelerate launch` the end of the launcher counts as SIGTERM, since it does not pass signals on.
+    """
+
+    def __enter__(self):
+        self._number = 0
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self._old = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        except ValueError:  # not the main thread: whoever called us handles signals
+            pass
+        return self
+
+    @property
+    def number(self) -> int:
+        if self._launcher and os.getppid() != self._launcher:
+            return signal.SIGTERM
+        return self._number
+
+    def _note(self, number, _frame):
+        self._number = number
+        signal.signal(number, self._old[number])
+
+    def __exit__(self, *_):
+        for number, old in self._old.items():
+            signal.signal(number, old)

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 
 from . import bases, data, drawing, measures, pipeline, store
 from .config import TrainConfig
-from .train import Stopped, TrainError, denoising_errors, fit
+from .objective import denoising_errors
+from .train import Stopped, TrainError, fit
 from .tuners import FULL, TunerConfig
 
 ROOT = Path(__file__).parent.parent

@@ -4,9 +4,11 @@ import json
 import os
 import signal
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdtune
-from sdtune import bases, data, store, train
+from sdtune import bases, data, objective, pipeline, store, train
 
 
 def small(pairs, tmp_path, **changes):
@@ -173,6 +175,8 @@ def test_accumulation_and_checkpointing_change_memory_not_the_result(pairs, tmp_
 def test_bf16_trains_on_cpu_and_fp16_says_what_it_needs(pairs, tmp_path):
     result = sdtune.fit(small(pairs, tmp_path, mixed_precision="bf16"))
     assert all(t.dtype == torch.float32 for t in weights(tmp_path / "run").values()) and len(result.losses) == 4
+    saving = small(pairs, tmp_path / "saving", mixed_precision="bf16", gradient_checkpointing=True)
+    assert sdtune.fit(saving).losses == pytest.approx(result.losses, rel=0.02)
     if not torch.cuda.is_available():
         with pytest.raises(train.TrainError, match="fp16"):
             sdtune.fit(small(pairs, tmp_path, mixed_precision="fp16"))
@@ -218,18 +222,18 @@ def test_wrong_settings_are_listed_at_once():
 def test_every_picture_is_seen_equally_often_by_any_number_of_processes(count, batch, ranks, steps, seed):
     encoded = data.Encoded(["x"] * count, torch.zeros(count, 2, 4, 2, 2), None, None, None)
     config = sdtune.TrainConfig(seed=seed)
-    drawn = [train.draws(config, s, ranks * batch, encoded, 1000) for s in range(steps)]
+    drawn = [objective.draws(config, s, ranks * batch, encoded, 1000) for s in range(steps)]
     seen = Counter(i for d in drawn for i in d.index.tolist())
     assert max(seen.values()) - min(seen[i] for i in range(count)) <= 1
-    again = train.draws(config, steps - 1, ranks * batch, encoded, 1000)
+    again = objective.draws(config, steps - 1, ranks * batch, encoded, 1000)
     assert torch.equal(again.noise, drawn[-1].noise) and torch.equal(again.timestep, drawn[-1].timestep)
     assert all(((d.timestep >= 0) & (d.timestep < 1000)).all() for d in drawn)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_loss_is_the_weighted_error_of_noise_or_velocity(prediction):
-    scheduler = train.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                                    prediction_type=prediction)  # fmt: skip
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                              prediction_type=prediction)  # fmt: skip
     x, noise, guess = torch.randn(3, 3, 4, 8, 8)
     t = torch.tensor([5, 400, 900])
     a = scheduler.alphas_cumprod[t].view(3, 1, 1, 1)
@@ -243,14 +247,14 @@ def test_the_loss_is_the_weighted_error_of_noise_or_velocity(prediction):
         return (guess,)
 
     states = torch.zeros(3, 1, 1)
-    assert torch.allclose(train.training_loss(unet, scheduler, x, noise, t, states), plain)
-    assert torch.allclose(train.training_loss(unet, scheduler, x, noise, t, states, 5.0), plain * weight, rtol=1e-4)
+    assert torch.allclose(objective.training_loss(unet, scheduler, x, noise, t, states), plain)
+    assert torch.allclose(objective.training_loss(unet, scheduler, x, noise, t, states, 5.0), plain * weight, rtol=1e-4)
 
 
 def test_a_noise_offset_moves_each_channel_as_a_whole():
     encoded = data.Encoded(["x"] * 3, torch.zeros(3, 1, 4, 8, 8), None, None, None)
     with_it, without = (
-        train.draws(sdtune.TrainConfig(noise_offset=offset), 0, 3, encoded, 1000).noise for offset in (0.5, 0.0)
+        objective.draws(sdtune.TrainConfig(noise_offset=offset), 0, 3, encoded, 1000).noise for offset in (0.5, 0.0)
     )
     moved = (with_it - without).flatten(2)
     assert torch.allclose(moved, moved[:, :, :1].expand_as(moved), atol=1e-5) and moved[..., 0].unique().numel() == 12
@@ -288,3 +292,31 @@ def test_a_dropped_caption_is_the_empty_one(pairs, tmp_path, monkeypatch):
     pipe = sdtune.load_base("tiny-sd")
     empty = data.encode_text([""], pipe.tokenizer, pipe.text_encoder)
     assert torch.allclose(dropped[:1], empty, atol=1e-5)
+
+
+def test_attention_in_fp32_changes_a_bf16_gradient_by_rounding_only():
+    unet = sdtune.load_base("tiny-sd").unet.requires_grad_(False)
+    pipeline.add_tuner(unet, sdtune.TunerConfig(), "tuner")
+    parameters = list(pipeline.parameters_of(unet, "tuner").values())
+    torch.manual_seed(0)
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.05)
+    scheduler = DDPMScheduler.from_pretrained(bases.TINY_SD / "scheduler")
+    latents, noise = torch.randn(2, 2, unet.config.in_channels, 16, 16)
+    states = torch.randn(2, 77, unet.config.cross_attention_dim, dtype=torch.bfloat16)
+    timesteps = torch.tensor([100, 700])
+
+    def gradient(attention, dtype=torch.bfloat16) -> torch.Tensor:
+        unet.to(dtype)
+        half = dtype == torch.bfloat16
+        with attention(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            objective.training_loss(unet, scheduler, latents, noise, timesteps, states.to(dtype)).mean().backward()
+        found = torch.cat([p.grad.flatten().float() for p in parameters])
+        for p in parameters:
+            p.grad = None
+        return found
+
+    exact = gradient(nullcontext, torch.float32)
+    plain, fast = gradient(nullcontext), gradient(objective.CPUAttention)
+    assert not torch.equal(plain, fast)
+    assert (fast - exact).norm() <= 1.2 * (plain - exact).norm() < 0.3 * exact.norm()

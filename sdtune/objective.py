@@ -1,0 +1,109 @@
+"""What a training step draws, and the loss that it makes of it: encoded pictures and a UNet in, numbers out.
+
+Every random draw of a step comes from a generator seeded with (seed, step), for the batch of all processes together,
+so a run continues exactly where it stopped, and two processes of batch 5 see what one process of batch 10 sees.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.training_utils import compute_snr
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from . import data
+from .config import TrainConfig
+
+
+def training_loss(unet, scheduler, latents, noise, timesteps, states, min_snr_gamma: float = 0.0) -> torch.Tensor:
+    """The denoising loss of each picture (B,): mean squared error of the predicted noise (or velocity).
+
+    Args:
+        latents, noise: (B, C, h, w); timesteps: (B,); states: caption encodings (B, tokens, width).
+        min_snr_gamma: weights each picture by min(SNR, gamma) / SNR (arXiv 2303.09556); 0 is off.
+    """
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    predicted = unet(noisy.to(states.dtype), timesteps, states, return_dict=False)[0]
+    loss = (predicted.float() - target.float()).pow(2).mean((1, 2, 3))
+    if min_snr_gamma:
+        snr = compute_snr(scheduler, timesteps)
+        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1 if velocity else snr)
+    return loss
+
+
+@torch.no_grad()
+def denoising_errors(unet, scheduler, encoded: data.Encoded, noises: int = 1) -> torch.Tensor:
+    """The unweighted loss on each picture as it is (n,), on the CPU: the held-out loss of a run.
+
+    The mean over 8 fixed timesteps, each with the same `noises` draws of noise at every call.
+    """
+    latents, device, total = encoded.mean[:, 0], encoded.mean.device, torch.zeros(len(encoded.names))
+    for draw in range(noises):
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(draw)).to(device)
+        for t in range(60, 1000, 125):
+            for part in torch.arange(len(latents)).split(64):
+                at = torch.full((len(part),), t, device=device)
+                loss = training_loss(unet, scheduler, latents[part], noise[part], at, encoded.text[part])
+                total[part] += loss.cpu() / (8 * noises)
+    return total
+
+
+@dataclass
+class Draws:
+    """The random draws of one optimizer step, for all processes together; `size` pictures."""
+
+    index: torch.Tensor  # which picture (size,)
+    flip: torch.Tensor  # 0 or 1 (size,)
+    drop: torch.Tensor  # whether the caption is dropped (size,)
+    timestep: torch.Tensor  # (size,)
+    noise: torch.Tensor  # (size, C, h, w)
+    latent: torch.Tensor  # for sampling the VAE's posterior (size, C, h, w)
+
+
+def draws(config: TrainConfig, step: int, size: int, encoded: data.Encoded, timesteps: int) -> Draws:
+    """What step number `step` (from 0) draws. Pictures come in shuffled epochs, each picture once an epoch.
+
+    Timesteps are stratified: one from each of `size` equal parts of the range, in random order.
+    """
+    count, flips, *shape = encoded.mean.shape
+    index = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, within = divmod(position, count)
+        if not index or within == 0:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(_mix(config.seed, epoch, 1)))
+        index.append(order[within])
+    random = torch.Generator().manual_seed(_mix(config.seed, step, 2))
+    part = (torch.randperm(size, generator=random) + torch.rand(size, generator=random)) / size
+    noise = torch.randn(size, *shape, generator=random)
+    if config.noise_offset:
+        noise += config.noise_offset * torch.randn(size, shape[0], 1, 1, generator=random)
+    return Draws(
+        index=torch.stack(index),
+        flip=torch.randint(0, flips, (size,), generator=random),
+        drop=torch.rand(size, generator=random) < config.caption_dropout,
+        timestep=(part * timesteps).long().clamp(max=timesteps - 1),
+        noise=noise,
+        latent=torch.randn(size, *shape, generator=random),
+    )
+
+
+def _mix(seed: int, number: int, stream: int) -> int:
+    """One seed for torch from three numbers, without the collisions of a plain sum."""
+    return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**63
+
+
+class CPUAttention(TorchFunctionMode):
+    """While the loss and its gradient are computed on the CPU in bf16: the attentions alone in fp32.
+
+    PyTorch's kernel (2.13) takes about three times as long for the gradient of attention in bf16 as it does in fp32,
+    half of the whole step.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            q, k, v, *others = args
+            with torch.autocast("cpu", enabled=False):
+                return function(q.float(), k.float(), v.float(), *others, **kwargs or {}).to(q.dtype)
+        return function(*args, **kwargs or {})
