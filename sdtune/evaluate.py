@@ -136,13 +136,13 @@ class Report:
         done, evaluation = self._done(task, label), self.evaluation
         config = evaluation.methods[self.reference if label == SHUFFLED else label]
         runs = done["runs"].get(label, [])
-        rate, rates = done["rate"], [float(r) for r in done["rates"]]
+        rate, rates = done["rate"], evaluation.rates(label) if label != SHUFFLED else []
         known = {key: [r[key] for r in runs if r.get(key)] for key in ("step_seconds", "peak_memory", "file_bytes")}
         curve = done["rates"].get(f"{rate:g}", {}).get("validation") if rate else None
         curve = {int(step): errors for step, errors in curve.items()} if curve else None
         return {
             "rate": rate,
-            "rate_at_edge": len(rates) > 1 and rate in (min(rates), max(rates)),
+            "rate_at_edge": len(rates) > 1 and rate in (rates[0], rates[-1]),
             "parameters": parameter_count(evaluation.pipe.unet, config),
             "file_bytes": max(known["file_bytes"], default=None),
             "peak_memory": max(known["peak_memory"], default=None),
@@ -382,7 +382,7 @@ def _settings(argv: list[str]) -> Settings:
     add("methods", f"methods, or groups of them ({groups}); the first is what the others are compared with", nargs="+")
     add("seeds", "training seeds of each method", type=int)
     add("steps", "steps of every run", type=int)
-    add("rates", "learning rates to choose from; a single one is taken as it is", type=float, nargs="+")
+    add("rates", "learning rates to choose from, from the middle on; a single one is taken", type=float, nargs="+")
     add("prompts", "most held-out prompts of each task", type=int)
     add("base", "as in train_anime.py")
     add("output", "folder for the results, and for what is finished so far")

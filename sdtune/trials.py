@@ -174,7 +174,7 @@ class Settings:
     methods: list[str] = field(default_factory=lambda: ["paper", "baselines"])
     seeds: int = 3
     steps: int = 300
-    rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2])
+    rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2, 3e-2])
     prompts: int = 100
     batch_size: int = 4
     drawing_steps: int = 20
@@ -278,23 +278,35 @@ class Evaluation:
                         self.measure(task, file.parent, file, seed)
         store.write_text(task.folder / name / "done.json", json.dumps(found, indent=1))
 
+    def rates(self, name: str) -> list[float]:
+        """The learning rates that a method may have; for full fine-tuning a tenth, as is its trainer's default."""
+        return sorted(r / 10 if self.methods[name].kind == FULL else r for r in self.settings.rates)
+
     def choose_rate(self, task: Task, name: str) -> dict:
-        """Trains on three quarters of the training pairs at every rate, and measures on the rest.
+        """Trains on three quarters of the training pairs at several rates, and measures on the rest.
+
+        It starts with the two in the middle and goes on where the error falls, until both neighbours of the best have
+        been tried, or it is the last: the best of all, if the error has one valley.
 
         Returns:
             `rate`, the best (None if the loss was not finite at any), and `rates`: for each its run. A single rate
-            is taken as it is. Full fine-tuning gets a tenth of each, as is its trainer's default.
+            is taken as it is.
         """
-        rates = [r / 10 if self.methods[name].kind == FULL else r for r in self.settings.rates]
+        rates, errors, runs = self.rates(name), {}, {}
         if len(rates) == 1:
             return {"rate": rates[0], "rates": {}}
-        runs = {rate: self.train(task, name, self.methods[name], rate, None) for rate in rates}
-        errors = {rate: final_error(run) for rate, run in runs.items()}
-        best = min(errors, key=errors.get)
-        found = ", ".join(f"{rate:g}: {error:.4f}" for rate, error in errors.items())
+        middle = len(rates) // 2
+        wanted = {middle - 1, middle}
+        while wanted:
+            for i in sorted(wanted):
+                runs[i] = self.train(task, name, self.methods[name], rates[i], None)
+                errors[i] = final_error(runs[i])
+            best = min(errors, key=errors.get)
+            wanted = {best - 1, best + 1} & set(range(len(rates))) - errors.keys()
+        found = ", ".join(f"{rates[i]:g}: {errors[i]:.4f}" for i in sorted(errors))
         self._say(f"{task.name}, {name}: validation error by learning rate {found}")
-        rate = best if math.isfinite(errors[best]) else None
-        return {"rate": rate, "rates": {f"{r:g}": run for r, run in runs.items()}}
+        rate = rates[best] if math.isfinite(errors[best]) else None
+        return {"rate": rate, "rates": {f"{rates[i]:g}": runs[i] for i in sorted(runs)}}
 
     def folder(self, task: Task, label: str, rate: float, seed: int | None) -> Path:
         label = f"{SHUFFLED}-{self.reference}" if label == SHUFFLED else label

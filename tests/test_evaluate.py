@@ -237,6 +237,34 @@ def test_a_rate_at_which_the_loss_is_not_finite_is_not_chosen():
     assert trials.final_error(runs[1e-3]) == pytest.approx(0.2) and trials.final_error(runs[1.0]) == math.inf
 
 
+@pytest.mark.parametrize(
+    ("errors", "chosen", "tried"),
+    [
+        ([4, 3, 2, 3], 1e-2, [3e-3, 1e-2, 3e-2]),
+        ([4, 1, 2, 3], 3e-3, [1e-3, 3e-3, 1e-2]),
+        ([4, 3, 2, 1], 3e-2, [3e-3, 1e-2, 3e-2]),
+        ([2, 3, math.inf, math.inf], 1e-3, [1e-3, 3e-3, 1e-2]),
+        ([math.inf] * 4, None, [1e-3, 3e-3, 1e-2]),
+    ],
+)
+def test_rates_are_tried_where_the_validation_error_falls(errors, chosen, tried, monkeypatch):
+    evaluation = object.__new__(trials.Evaluation)
+    evaluation.settings, evaluation.world = trials.Settings(rates=[3e-2, 1e-2, 3e-3, 1e-3]), 1
+    of_rate = dict(zip([1e-3, 3e-3, 1e-2, 3e-2], errors))
+
+    def train(_self, task, name, config, rate, seed):
+        error = of_rate[round(rate * scale, 9)]
+        return {"failed": "nan"} if error == math.inf else {"failed": None, "validation": {"0": [9.0], "8": [error]}}
+
+    monkeypatch.setattr(trials.Evaluation, "train", train)
+    evaluation.methods = {"res_attn": sdtune.TunerConfig(), "full": sdtune.TunerConfig(kind="full")}
+    for name, scale in (("res_attn", 1), ("full", 10)):
+        task = trials.Task("task", Path(), [], [])
+        found = evaluation.choose_rate(task, name)
+        assert found["rate"] == (chosen and pytest.approx(chosen / scale))
+        assert [float(r) * scale for r in found["rates"]] == pytest.approx(tried)
+
+
 def test_the_tasks_have_the_same_new_concepts_held_out_in_both_styles(tmp_path):
     spec = importlib.util.spec_from_file_location("tasks", ROOT / "assets/tasks.py")
     tasks = importlib.util.module_from_spec(spec)
