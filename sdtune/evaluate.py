@@ -157,7 +157,7 @@ class Report:
     def _results(self) -> dict:
         settings, tasks = asdict(self.settings), {}
         for task, rows in self.rows.items():
-            first = next(r for r in rows if r.label == self.reference)
+            first = self._first(rows)
             tasks[task] = {
                 "rows": {
                     row.label: row.cost
@@ -205,9 +205,10 @@ class Report:
             "- **lowest validation error**, **memorises** (`measures.memorising`): on a quarter of the training pairs, "
             "in the run at the chosen rate that left these out",
         ]  # fmt: skip
+        lines += ["", *self._summary()]
         for task, rows in self.rows.items():
             own = next(t for t in self.evaluation.tasks if t.name == task)
-            first = next(r for r in rows if r.label == self.reference)
+            first = self._first(rows)
             chance = f"{1 / len(own.test):.1%}"
             head = f"{len(own.train)} pairs, {len(own.test)} held-out prompts (nearest by chance: {chance})"
             lines += ["", f"## {task}: {head}", "", *self._cost_table(rows), ""]
@@ -228,6 +229,29 @@ class Report:
             if failed:
                 lines += ["", f"The loss was not finite in runs of: {', '.join(failed)}; they are left out."]
         return "\n".join(lines) + "\n"
+
+    def _summary(self) -> list[str]:
+        """All tasks in one table: means, marked where they differ from the reference method's beyond doubt."""
+        columns = [c for c in COLUMNS if c.key in ("error", "kid", "rank")]
+        marks = {"loses to": " ▲", "wins against": " ▼", "cannot be told from": ""}
+        titles = ["method", "parameters", *(f"{task}: {c.title}" for task in self.rows for c in columns)]
+        cells: dict[str, list[str]] = {}
+        for rows in self.rows.values():
+            for row in rows:
+                own = cells.setdefault(row.label, [row.label, _number(row.cost.get("parameters"), "{:,}")])
+                for column in columns:
+                    found, difference = row.estimate(column.key), row.against(self._first(rows), column.key)
+                    compared = difference if row.label in (BASE, SHUFFLED, *self.evaluation.methods) else None
+                    mark = marks[measures.outcome(compared, column.better)] if compared else ""
+                    own.append("–" if found is None else column.form.format(found.value) + mark)
+        return [
+            f"All tasks, means alone. ▲ better, ▼ worse than {self.reference} beyond doubt: the 95 % interval of the "
+            "difference on the same prompts and seeds excludes 0. Of 20 equal methods one is marked by chance.", "",
+            *_table(titles, list(cells.values())),
+        ]  # fmt: skip
+
+    def _first(self, rows: list[Row]) -> Row:
+        return next(r for r in rows if r.label == self.reference)
 
     def _cost_table(self, rows: list[Row]) -> list[str]:
         titles = ["method", "learning rate", "trainable parameters", "file (KB)", "peak training memory (MB)",
@@ -289,7 +313,7 @@ class Report:
         for (task, rows), (*validation, heldout) in zip(self.rows.items(), grid):
             if validation:
                 self._plot_validation(task, *validation)
-            first = next(r for r in rows if r.label == self.reference)
+            first = self._first(rows)
             others = [r for r in rows if r.label in (SHUFFLED, *self.evaluation.methods) and r is not first]
             others = [r for r in others if r.against(first, "error")]
             for i, e in enumerate(r.against(first, "error") for r in others):
