@@ -225,6 +225,94 @@ def test_a_base_from_the_page_is_no_path_of_the_server(tmp_path, monkeypatch):
             studio.base_choice(text, "tiny-sd")
 
 
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A studio whose trainings are only waited for: it, a way to let them end, and one to stop them at step 2."""
+    from sdtune import train
+
+    free, begun = threading.Event(), threading.Event()
+
+    def fit(settings, tuner, on_step):
+        folder = Path(settings.output)
+        for done in (1, 2):
+            stop = on_step(done, 0.1 * done)
+            begun.set()
+        free.wait(20)
+        if stop or on_step(3, 0.3):
+            (folder / "checkpoints" / "step-000003").mkdir(parents=True, exist_ok=True)
+            (folder / "checkpoints" / "step-000003" / store.FILE_NAME).touch()
+            raise train.Stopped("stopped", signal.SIGTERM)
+        return train.Result(True, folder / store.FILE_NAME, *[folder] * 3, [], {}, 3)
+
+    monkeypatch.setattr(train, "fit", fit)
+    made = studio.Studio("tiny-sd", tmp_path / "output")
+    made.free, made.begun = free, begun
+    yield made
+    free.set()
+    made.device.close()
+
+
+def a_run(room, name: str = "mine") -> studio.Run:
+    return studio.Run(config.TrainConfig(output=str(room.output / name), steps=3), sdtune.TunerConfig())
+
+
+def test_a_name_is_taken_by_the_first_training_that_asks(room):
+    first = room.train("a", a_run(room))
+    with pytest.raises(device.StudioError, match="has taken the name mine"):
+        room.train("b", a_run(room))
+    assert room.free_name("mine") == "mine-2"
+    with pytest.raises(device.StudioError, match="under way"):  # one at a time, and the refused one leaves no folder
+        room.train("a", a_run(room, "other"))
+    assert not (room.output / "other").exists()
+    room.free.set()
+    assert finished(first).state == "done"
+
+
+def test_a_training_goes_on_after_a_stop_and_after_one_while_it_waited(room):
+    first = room.train("a", a_run(room))
+    assert room.begun.wait(20)
+    room.device.stop(first)
+    room.free.set()
+    assert finished(first).state == "done" and first.unfinished and first.result.name == store.FILE_NAME
+    room.free.clear()
+    room.begun.clear()
+    other = room.train("b", a_run(room, "other"))
+    assert room.begun.wait(20)
+    waits = room.go_on("a")
+    assert waits.run.config.resume and waits.losses == first.losses
+    room.device.stop(waits)
+    assert waits.state == "stopped" and waits.unfinished and waits.result == first.result  # as if not asked
+    again = room.go_on("a")
+    room.free.set()
+    assert finished(other).state == finished(again).state == "done" and not again.unfinished
+    with pytest.raises(device.StudioError, match="no stopped training"):
+        room.go_on("a")
+
+
+def test_a_training_whose_window_was_closed_is_shown_to_whoever_looks_next(room):
+    job = room.train("before", a_run(room))
+    room.forget("before")  # a reload is a new window
+    assert room.training_of("after") is job and room.training_of("third") is job
+    room.free.set()
+    finished(job)
+    assert room.training_of("third") is job and room.training_of("after") is None
+    assert room.training_of("third") is job
+
+
+def test_pictures_that_are_dropped_are_checked_before_a_training(room, tmp_path):
+    for name, side in (("good", 128), ("small", 80), ("tiny", 20)):
+        Image.new("RGB", (side, side), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "good.txt").write_text("a red square")
+    drop = room.take([tmp_path / n for n in ("good.png", "good.txt", "small.png", "tiny.png")])
+    assert drop.pairs == [("good.png", "a red square"), ("small.png", ""), ("tiny.png", "")] and not drop.problems
+    problems, _ = room.check(drop, ["a red square", "", "a dot"])
+    assert len(problems) == 2 and "small.png: no caption yet" in problems[0] and "tiny.png" in problems[1]
+    good = studio.Drop(drop.folder, drop.pairs[:2], [], [])
+    problems, notes_ = room.check(good, ["a red square " * 50, "another"])
+    assert not problems and any("good.png" in n and "cut" in n for n in notes_)
+    assert any("small.png" in n and "enlarged" in n for n in notes_)
+
+
 # ---------------------------------------------------------------------------------------- with a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -358,6 +446,11 @@ def test_columns_side_by_side_and_a_picture_that_remembers(page, tmp_path):
     page.wait_for_function("document.querySelectorAll('.card').length >= 3")
     assert page.locator("#seed input").input_value() == "11"
     assert "blue hair" in page.locator("#prompt textarea").input_value()
+    far = notes.Settings("a far prompt", steps=140, guidance=29, images=16, columns=[{}], sampler="none such")
+    notes.write_png(tmp_path / "far.png", Image.open(tmp_path / "a.png"), far, 0, 0, "tiny-sd")
+    page.set_input_files("#restore input[type=file]", tmp_path / "far.png")
+    assert "pictures" in says(page, "generate-status", "guidance")  # what the page's sliders do not reach is told
+    page.wait_for_function("document.querySelector('#images input').value == '8'")
     (tmp_path / "d.png").write_text("no picture")
     page.set_input_files("#restore input[type=file]", tmp_path / "d.png")
     says(page, "generate-status", "no whole PNG")
