@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdtune
-from sdtune import attach
+from sdtune import attach, tuners
 from sdtune.tuners import BASELINES, KINDS, LORAS, Beside, Widths, build, fields_of
 
 
@@ -333,3 +333,15 @@ def test_dropout_of_each_kinds_result_acts_only_while_training(attn):
         assert 0.2 < (result == 0).double().mean() < 0.8
         tuner.eval()
         assert tuner(x, Beside(attn)).all() and torch.equal(tuner(x, Beside(attn)), tuner(x, Beside(attn)))
+
+
+@pytest.mark.parametrize("kind", ["res_attn", "res_attn_text"])
+@pytest.mark.parametrize("rank", [3, 4, 8])
+def test_heads_widened_for_cuda_give_the_same(kind, rank, monkeypatch):
+    torch.manual_seed(0)
+    tuner = build(sdtune.TunerConfig(kind=kind, rank=rank), "attn1", Widths(32, 32, 32, 32))
+    torch.nn.init.normal_(tuner.o.weight)
+    x = torch.randn(2, 9, 32)
+    plain = tuner(x)
+    monkeypatch.setitem(tuners._HEAD_DIM, "cpu", 8)
+    assert torch.allclose(tuner(x), plain, atol=1e-6)
