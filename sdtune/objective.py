@@ -102,8 +102,13 @@ class CPUAttention(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            q, k, v, *others = args
-            with torch.autocast("cpu", enabled=False):
-                return function(q.float(), k.float(), v.float(), *others, **kwargs or {}).to(q.dtype)
-        return function(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        dtype = (args[0] if args else kwargs["query"]).dtype
+        with torch.autocast("cpu", enabled=False):
+            return function(*map(_in_fp32, args), **{k: _in_fp32(v) for k, v in kwargs.items()}).to(dtype)
+
+
+def _in_fp32(value):
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
