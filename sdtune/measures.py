@@ -223,7 +223,7 @@ COLUMNS = (
     Column("diversity", "diversity", 0, "{:.3f}", "mean distance between drawn pictures of two prompts, over that of "
            "the true ones"),
     Column("novelty", "novelty", 0, "{:.3f}", "memorisation: mean distance to the nearest training picture, over that "
-           "of the true pictures (both through the VAE); well below 1 is copying"),
+           "of the true pictures; well below 1 is copying"),
     Column("forgetting", "forgetting", -1, "{:.3f}", "denoising error on the base's own pictures of prompts outside "
            "the style, over the base's; 1 is nothing forgotten"),
     Column("drift", "drift", -1, "{:.3f}", "feature distance from the base's picture of the same prompt and noise, for "
@@ -237,9 +237,9 @@ def all_of(drawn: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]) 
     Args:
         drawn: of the held-out prompts `features` and `colours`, and, where a model drew them, its denoising `errors`
             on the true pictures; for prompts outside the style `outside` (features) and `outside_errors`.
-        true: of the true pictures `features` and `colours`; `decoded` and `decoded_train`, the features of the true
-            and of the training pictures as the VAE gives them back, since all that a tuner draws comes through it; of
-            the base's pictures `outside` and `outside_errors`.
+        true: of the true pictures `features` and `colours`, and `train`, the features of the training pictures, all
+            as the VAE gives them back: whatever a model draws has come through it, and its blur would outweigh all
+            else; of the base's pictures `outside` and `outside_errors`.
     """
     nearest, rank = fidelity(drawn["features"], true["features"])
     found = {
@@ -248,7 +248,7 @@ def all_of(drawn: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]) 
         "nearest": nearest,
         "rank": rank,
         "diversity": diversity(drawn["features"], true["features"]),
-        "novelty": novelty(drawn["features"], true["decoded"], true["decoded_train"]),
+        "novelty": novelty(drawn["features"], true["features"], true["train"]),
     }
     if "errors" in drawn:
         found["error"] = mean(drawn["errors"])
