@@ -35,11 +35,6 @@ def predict(unet, **kwargs):
         return unet(*inputs(unet.dtype), **kwargs).sample
 
 
-def off(result, expected) -> float:
-    """How far a result is from what is expected, as a share of that."""
-    return ((result.float() - expected).norm() / expected.norm()).item()
-
-
 def blocks(unet):
     return {path: m for path, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)}
 
@@ -86,6 +81,7 @@ def test_what_is_added_is_the_tuners_result_at_the_operations_own_input(unet, op
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_tuner_takes_the_dtype_of_the_unet_and_follows_to(unet, dtype):
+    torch.manual_seed(0)
     unet.to(dtype)
     sdtune.add_tuner(unet, adapter_name="new")
     stir(unet, "new", 0)
@@ -94,10 +90,11 @@ def test_a_tuner_takes_the_dtype_of_the_unet_and_follows_to(unet, dtype):
     assert result.dtype == dtype and result.isfinite().all()
     unet.to(torch.float32)
     assert {p.dtype for p in unet.parameters()} == {torch.float32}
-    assert off(result, predict(unet)) < 0.06
+    torch.testing.assert_close(predict(unet), result.float(), atol=0.1, rtol=0.1)
 
 
 def test_a_tuner_in_fp32_beside_a_base_in_bf16_computes_in_fp32_with_and_without_autocast(unet):
+    torch.manual_seed(0)
     sdtune.add_tuner(unet, adapter_name="new")
     stir(unet, "new", 0)
     full = predict(unet)
@@ -106,9 +103,9 @@ def test_a_tuner_in_fp32_beside_a_base_in_bf16_computes_in_fp32_with_and_without
         p.data = p.data.float()
     result = predict(unet)
     assert result.dtype == torch.bfloat16
-    assert off(result, full) < 0.06
+    torch.testing.assert_close(result.float(), full, atol=0.1, rtol=0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert off(predict(unet), full) < 0.06
+        torch.testing.assert_close(predict(unet).float(), full, atol=0.1, rtol=0.1)
 
 
 def in_training(unet, name):
