@@ -128,16 +128,16 @@ class Report:
 
     def _cost(self, task: Task, label: str) -> dict:
         done, evaluation = self._done(task, label), self.evaluation
-        config = evaluation.methods[self.reference if label == SHUFFLED else label]
+        name = self.reference if label == SHUFFLED else label
         runs = done["runs"].get(label, [])
-        rate, rates = done["rate"], evaluation.rates(label) if label != SHUFFLED else []
+        rate, rates = done["rate"], evaluation.rates(name)
         known = {key: [r[key] for r in runs if r.get(key)] for key in ("step_seconds", "peak_memory", "file_bytes")}
         curve = done["rates"].get(f"{rate:g}", {}).get("validation") if rate else None
         curve = {int(step): errors for step, errors in curve.items()} if curve else None
         return {
             "rate": rate,
             "rate_at_edge": len(rates) > 1 and rate in (rates[0], rates[-1]),
-            "parameters": parameter_count(evaluation.pipe.unet, config),
+            "parameters": parameter_count(evaluation.pipe.unet, evaluation.methods[name]),
             "file_bytes": max(known["file_bytes"], default=None),
             "peak_memory": max(known["peak_memory"], default=None),
             "step_seconds": statistics.median(known["step_seconds"]) if known["step_seconds"] else None,
