@@ -174,7 +174,7 @@ class Settings:
     methods: list[str] = field(default_factory=lambda: ["paper", "baselines"])
     seeds: int = 3
     steps: int = 300
-    rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     prompts: int = 100
     batch_size: int = 4
     drawing_steps: int = 20
