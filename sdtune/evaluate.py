@@ -106,7 +106,7 @@ class Report:
 
     def _rows(self, task: Task) -> list[Row]:
         evaluation, device = self.evaluation, self.evaluation.device
-        test, train = (evaluation.decode(e) for e in (evaluation.encoded(task), evaluation.encode(task.train)))
+        test, train = (evaluation.given_back(pairs) for pairs in (task.test, task.train))
         true = {
             "features": measures.features(test, device), "colours": measures.colours(test),
             "train": measures.features(train, device), **evaluation.outside[1],
@@ -332,6 +332,7 @@ class Report:
             curve = done["rates"].get(f"{done['rate']:g}", {}).get("validation", {}) if done["rate"] else {}
             by_step.plot([int(s) for s in curve], [statistics.mean(e) for e in curve.values()], **style)
         by_rate.set(xlabel="learning rate", ylabel="validation error at the end", title=task, xscale="log")
+        by_rate.set_ylim(top=min(by_rate.get_ylim()[1], by_step.get_ylim()[1]))  # worse than the base: out of sight
         by_step.set(xlabel="step", ylabel="validation error", title="at the chosen rate")
         by_rate.legend(frameon=False, fontsize=8)
 

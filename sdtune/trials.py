@@ -392,15 +392,18 @@ class Evaluation:
         return encoded.to(self.device, torch.float32)
 
     def encoded(self, task: Task) -> data.Encoded:
-        """The held-out pairs of a task, encoded once."""
-        task.encoded = task.encoded or self.encode(task.test)
+        """The held-out pairs of a task, encoded once, in the precision that pictures are drawn in."""
+        with self._autocast():
+            task.encoded = task.encoded or self.encode(task.test)
         return task.encoded
 
     @torch.no_grad()
-    def decode(self, encoded: data.Encoded) -> list[Image.Image]:
-        """The pictures as the VAE gives them back."""
-        vae, latents = self.pipe.vae, encoded.mean[:, 0] / self.pipe.vae.config.scaling_factor
-        decoded = torch.cat([vae.decode(part).sample.cpu() for part in latents.split(16)])
+    def given_back(self, pairs: list[data.Pair]) -> list[Image.Image]:
+        """The pictures as the VAE gives them back, in the precision that pictures are drawn in."""
+        vae = self.pipe.vae
+        with self._autocast():
+            latents = self.encode(pairs).mean[:, 0] / vae.config.scaling_factor
+            decoded = torch.cat([vae.decode(part).sample.float().cpu() for part in latents.split(16)])
         return self.pipe.image_processor.postprocess(decoded, output_type="pil")
 
     def _draw(self, prompts: list[str], first_seed: int, adapters: dict) -> list[Image.Image]:
