@@ -379,8 +379,9 @@ def measure_alternating(job: Job, options) -> list[dict]:
 
 
 def measure_memory(job: Job, options) -> list[dict]:
-    """Start-up in seconds, and memory in MB beyond what the imports take, of each contestant in its own process.
+    """Start-up and time per image in seconds, and memory in MB beyond what the imports take, of each contestant alone.
 
+    Alone in its process, the reference lacks `launch.keep_freed_memory`, which it shares with our trainer otherwise.
     `loaded` is in use between two steps or pictures, `working` is what one needs on top, `peak` is both, and `whole`
     is the most since the start.
     """
@@ -394,6 +395,7 @@ def measure_memory(job: Job, options) -> list[dict]:
         if "error" not in found:
             row |= {"start-up": found["ready"]} | {name: found.get(name, 0.0) for name in ONCE}
             row["base's share"] = row["base"] / (row["start-up"] - row["imports"])
+            row["s/image"] = statistics.median(found["seconds"]) / one.batch
             row |= {name: found[name] / 1e6 for name in ("loaded", "peak", "whole")}
             row["working"] = row["peak"] - row["loaded"]
         rows.append(row | {"who": one.who, "checkpointing": one.checkpointing})
@@ -460,7 +462,10 @@ def measure_finish(job: Job, options) -> list[dict]:
 PARTS = {
     "train": (measure_alternating, "a training step: the contestants alternate"),
     "draw": (measure_alternating, "a picture: the contestants alternate"),
-    "memory": (measure_memory, "start-up (s) and peak memory (MB) of each contestant in a process of its own"),
+    "memory": (
+        measure_memory,
+        "start-up, time per image (s), peak memory (MB), each contestant in its own process",
+    ),
     "imports": (measure_imports, "`import sdtune` and `train_anime.py --help`, beyond importing torch"),
     "scale": (measure_scale, "how our training grows with batch, resolution, images and processes (long)"),
     "finish": (measure_finish, "a run of 300 steps on all images, with encoding, previews and saving (long)"),

@@ -1,9 +1,11 @@
-"""What surrounds a run: signals that end it, and several processes where there is no GPU."""
+"""What surrounds a run: signals that end it, and, where there is no GPU, several processes and the memory of one."""
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 
 import psutil
 import torch
@@ -32,6 +34,19 @@ def replace_by(count: int, target: list[str], arguments: list[str]) -> None:
     """Replaces this process by `count` ones of `target`, a script or ["-m", module]. Does not return."""
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *target]
     os.execv(sys.executable, [sys.executable, *run, *arguments])
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, for the next step; for training on a CPU, where the C library is glibc's.
+
+    Large blocks would go back to the system at once, which clears them page by page when they are next needed: a
+    sixth of a training step's time on SD v1.5's shape.
+    """
+    mmap_max, trim_threshold = -4, -1  # the numbers of malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 class signals:

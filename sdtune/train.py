@@ -490,6 +490,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             raise TrainError("fp16 mixed precision needs a GPU; this run is on the CPU, where bf16 or no will do")
+        launch.keep_freed_memory()
         if accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
             # `accelerate launch` without --cpu sets OMP_NUM_THREADS=1, with GPUs in mind
             torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
