@@ -462,10 +462,7 @@ def measure_finish(job: Job, options) -> list[dict]:
 PARTS = {
     "train": (measure_alternating, "a training step: the contestants alternate"),
     "draw": (measure_alternating, "a picture: the contestants alternate"),
-    "memory": (
-        measure_memory,
-        "start-up, time per image (s), peak memory (MB), each contestant in its own process",
-    ),
+    "memory": (measure_memory, "start-up and time per image (s), peak memory (MB): each contestant alone"),
     "imports": (measure_imports, "`import sdtune` and `train_anime.py --help`, beyond importing torch"),
     "scale": (measure_scale, "how our training grows with batch, resolution, images and processes (long)"),
     "finish": (measure_finish, "a run of 300 steps on all images, with encoding, previews and saving (long)"),

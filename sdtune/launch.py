@@ -39,8 +39,8 @@ def replace_by(count: int, target: list[str], arguments: list[str]) -> None:
 def keep_freed_memory() -> None:
     """Lets this process keep what it frees, for the next step; for training on a CPU, where the C library is glibc's.
 
-    Large blocks would go back to the system at once, which clears them page by page when they are next needed: a
-    sixth of a training step's time on SD v1.5's shape.
+    Large blocks would go back to the system at once, which clears them page by page when they are next needed. Threads
+    besides the main one gain less: glibc gives them arenas of their own.
     """
     mmap_max, trim_threshold = -4, -1  # the numbers of malloc.h
     with suppress(AttributeError, OSError, TypeError):  # another C library

@@ -283,3 +283,15 @@ def test_the_tasks_have_the_same_new_concepts_held_out_in_both_styles(tmp_path):
         things.append([p.caption.split(" of ")[1] for pairs in read for p in pairs])
     assert things[0] == things[1] and len(set(things[0])) == 8
     assert all(int(thing.split()[1]) >= 4 for thing in things[0])  # drawn by every designer
+
+
+def test_held_out_pictures_are_the_same_whatever_was_measured_before(tmp_path):
+    settings = trials.Settings(tasks=["anime"], methods=["res_attn"], prompts=2, output=str(tmp_path))
+    evaluation = trials.Evaluation(settings, precision="bf16")
+    (task,) = evaluation.tasks
+    alone, true = evaluation.encoded(task), evaluation.given_back(task.test)
+    task.encoded = None
+    with evaluation._autocast():
+        assert torch.equal(evaluation.encoded(task).mean, alone.mean)
+        assert torch.equal(evaluation.encoded(task).text, alone.text)
+        assert [i.tobytes() for i in evaluation.given_back(task.test)] == [i.tobytes() for i in true]

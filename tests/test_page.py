@@ -18,18 +18,13 @@ import sdtune
 from sdtune import config, store
 from sdtune.page import device, library, look, notes, studio
 
-ROOT = Path(__file__).parent.parent
 HOSTILE = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
-SOON = 240_000  # milliseconds; a busy machine is slow
 
 
 def a_misfit(path: Path) -> None:
     """A tuner for a base of another shape, with metadata that wants to be HTML."""
     base = {"name": HOSTILE, "shape": {"cross_attention_dim": 768}}
     store.save(path, store.TunerFile(sdtune.TunerConfig(), {"a.b": torch.zeros(2)}, base, HOSTILE))
-
-
-# ------------------------------------------------------------------------------------- without a browser
 
 
 def test_settings_travel_in_the_picture(tmp_path):
