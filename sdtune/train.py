@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from . import attach, bases, data, drawing, launch, measures, pictures, pipeline, store
 from .config import TrainConfig
+from .frugal import Frugal
 from .objective import CPUAttention, Draws, denoising_errors, draws, training_loss
 from .tuners import FULL, TunerConfig
 
@@ -144,6 +145,7 @@ class _Trainer:
         # a mode does not reach into what gradient checkpointing computes again
         in_fp32 = device.type == "cpu" and half != torch.float32 and not config.gradient_checkpointing
         self.attention = CPUAttention if in_fp32 else nullcontext
+        self.frugal = nullcontext() if tuner.kind == FULL else Frugal(self.unet)
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         # the published rate; for a UNet as small as tiny-sd's a higher one did better on pairs left out of training
         usual_rate = (3e-3 if pipeline.is_small(self.unet) else 1e-4) * (0.1 if tuner.kind == FULL else 1)
@@ -201,7 +203,7 @@ class _Trainer:
         for part in range(parts):
             first = (part * ranks + accelerator.process_index) * batch
             own = slice(first, first + batch)
-            with self.attention():
+            with self.attention(), self.frugal:
                 loss = self._loss(drawn, own)
                 accelerator.backward(loss.mean() / parts)
             losses.append(accelerator.gather(loss.detach()))
