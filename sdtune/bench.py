@@ -82,10 +82,11 @@ class Job:
     draw_steps: int  # of sampling
     default_previews: bool = False  # whether our trainer's previews are its default ones, or as cheap as can be
     checkpointing: bool = False
+    tuner: dict | None = None  # a `TunerConfig` in place of the contestant's own
 
     @property
     def label(self) -> str:
-        label = CONTESTANTS["draw" if self.part == "draw" else "train"][self.who]
+        label = CONTESTANTS["draw" if self.part == "draw" else "train"].get(self.who, self.who)
         return label + (", checkpointing" if self.checkpointing else "")
 
     def trainer(self) -> tuple[TrainConfig, TunerConfig]:
@@ -97,7 +98,7 @@ class Job:
             steps=self.repeat if self.part == "finish" else 1000, **({} if self.default_previews else cheap),
         )  # fmt: skip
         lora = dict(kind="lora", rank=4, ops=["attn1", "attn2"])
-        return config, TunerConfig(**(lora if self.who == LORA else {}))
+        return config, TunerConfig(**(self.tuner or (lora if self.who == LORA else {})))
 
 
 # --------------------------------------------------------------------------------------- contestants
@@ -209,15 +210,15 @@ def _drawing(job: Job) -> Contestant:
     """A pipeline that draws with a fresh adapter; what its weights are makes no difference to the time."""
     pipe = bases.load_base(job.base, DTYPES[job.precision]).to("cuda" if torch.cuda.is_available() else "cpu")
     unet = pipe.unet.requires_grad_(False)
-    if job.who == RES_ATTN:
-        pipeline.add_tuner(pipe)
+    if job.tuner or job.who == RES_ATTN:
+        pipeline.add_tuner(pipe, TunerConfig(**job.tuner or {}))
     elif job.who != BASE:
         pipeline.add_tuner(pipe, trials.methods(unet)["lora"])  # of equal parameters
     if job.who == FUSED:
         unet.fuse_lora()
         unet.unload_lora()
     unet.eval()
-    adapters = {"tuner_0": 1.0} if job.who in (RES_ATTN, LORA) else {}
+    adapters = {} if job.who in (BASE, FUSED) else {"tuner_0": 1.0}
     cells = [drawing.Cell(PROMPT, seed, adapters) for seed in range(job.batch)]
     return Contestant(unet, partial(drawing.draw_cells, pipe, cells, steps=job.draw_steps, size=job.resolution))
 

@@ -21,8 +21,10 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -30,7 +32,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from . import data, launch, measures, pictures, store
+from . import bench, data, launch, measures, pictures, store
 from .measures import COLUMNS, Column, Estimate, Statistic
 from .train import Stopped, TrainError
 from .trials import (
@@ -46,6 +48,57 @@ from .trials import (
     parameter_count,
     read_json,
 )  # fmt: skip
+
+COST_ROUNDS = 3  # how often each method's costs are measured, by turns
+
+# ------------------------------------------------------------------------------------------------ costs
+
+
+def measure_costs(evaluation: Evaluation) -> dict[str, dict]:
+    """What the base and each method cost, each alone in a process of its own, by turns, while no others are at work.
+
+    Kept in costs.json; what is there already is not measured again.
+
+    Returns:
+        By name: `peak_memory`, in bytes beyond what the imports take, in training; `step_seconds`; `drawing_seconds`
+        per picture. Medians over the rounds, None where it failed.
+    """
+    settings, path = evaluation.settings, evaluation.output / "costs.json"
+    kept: dict[str, list[dict]] = read_json(path)
+    tuners = {BASE: None} | {name: asdict(config) for name, config in evaluation.methods.items()}
+    with tempfile.TemporaryDirectory() as work, patch.dict(os.environ):
+        os.environ.pop("OMP_NUM_THREADS", None)  # meant for several processes at once
+        job = bench.Job(
+            "draw", BASE, settings.base, str(TASKS.get(settings.tasks[0], settings.tasks[0])), work,
+            evaluation.resolution, settings.batch_size, evaluation.precision or "no",
+            repeat=min(3, settings.steps), draw_steps=settings.drawing_steps,
+        )  # fmt: skip
+        for number in range(COST_ROUNDS if settings.steps > 20 else 1):
+            for name in (n for n in tuners if len(kept.get(n, [])) <= number):
+                own = replace(job, who=name, tuner=tuners[name])
+                found = {"draw": bench.alone(own)}
+                if name != BASE:
+                    found["train"] = bench.alone(replace(own, part="train", repeat=min(20, settings.steps)))
+                if not any("error" in part for part in found.values()):
+                    kept.setdefault(name, []).append(found)
+                    store.write_text(path, json.dumps(kept))
+
+    def seconds_per_picture(found: dict) -> float:
+        return statistics.median(found["seconds"]) / settings.batch_size
+
+    def median(name: str, part: str, value) -> float | None:
+        found = [value(each[part]) for each in kept.get(name, []) if part in each]
+        return statistics.median(found) if found else None
+
+    return {
+        name: {
+            "peak_memory": median(name, "train", lambda found: found["peak"]),
+            "step_seconds": median(name, "train", lambda found: statistics.median(found["seconds"])),
+            "drawing_seconds": median(name, "draw", seconds_per_picture),
+        }
+        for name in tuners
+    }
+
 
 # ---------------------------------------------------------------------------------------------- report
 
@@ -73,6 +126,7 @@ class Report:
 
     def __init__(self, evaluation: Evaluation):
         self.evaluation, self.reference, self.settings = evaluation, evaluation.reference, evaluation.settings
+        self.costs = measure_costs(evaluation)
         self.done = {
             task.name: {name: read_json(task.folder / name / "done.json") for name in evaluation.methods}
             for task in evaluation.tasks
@@ -117,8 +171,8 @@ class Report:
             drawn = {seed: load_file(folder / "measured.safetensors") for seed, folder in folders.items()}
             found = {seed: measures.all_of(d, true) for seed, d in drawn.items()}
             by_measure = {c.key: {seed: of[c.key] for seed, of in found.items()} for c in COLUMNS}
-            cost = {"drawing_seconds": statistics.median(d["seconds"].item() for d in drawn.values())} if drawn else {}
-            rows.append(Row(label, by_measure, cost | (self._cost(task, label) if label != BASE else {})))
+            cost = self.costs[self.reference if label == SHUFFLED else label]
+            rows.append(Row(label, by_measure, cost | (self._training(task, label) if label != BASE else {})))
 
         itself, mean_colours = measures.all_of(true, true), true["colours"].mean(0).expand(len(train), -1, -1)
         itself["kid"] = measures.kid(true["train"], true["features"], paired=False)
@@ -126,21 +180,18 @@ class Report:
         rows.append(Row("true pictures", {k: {0: s} for k, s in itself.items()}))
         return rows
 
-    def _cost(self, task: Task, label: str) -> dict:
+    def _training(self, task: Task, label: str) -> dict:
         done, evaluation = self._done(task, label), self.evaluation
         name = self.reference if label == SHUFFLED else label
         runs = done["runs"].get(label, [])
         rate, rates = done["rate"], evaluation.rates(name)
-        known = {key: [r[key] for r in runs if r.get(key)] for key in ("step_seconds", "peak_memory", "file_bytes")}
         curve = done["rates"].get(f"{rate:g}", {}).get("validation") if rate else None
         curve = {int(step): errors for step, errors in curve.items()} if curve else None
         return {
             "rate": rate,
             "rate_at_edge": len(rates) > 1 and rate in (rates[0], rates[-1]),
             "parameters": parameter_count(evaluation.pipe.unet, evaluation.methods[name]),
-            "file_bytes": max(known["file_bytes"], default=None),
-            "peak_memory": max(known["peak_memory"], default=None),
-            "step_seconds": statistics.median(known["step_seconds"]) if known["step_seconds"] else None,
+            "file_bytes": max((r["file_bytes"] for r in runs if r.get("file_bytes")), default=None),
             "failed": sum(bool(r["failed"]) for r in runs),
             "best_step": curve and min(curve, key=lambda step: statistics.mean(curve[step])),
             "memorises_after": curve and measures.memorising(curve),
@@ -200,13 +251,13 @@ class Report:
             "- **lowest validation error**, **memorises** (`measures.memorising`): on a quarter of the training pairs, "
             "in the run at the chosen rate that left these out",
         ]  # fmt: skip
-        lines += ["", *self._summary()]
+        lines += ["", *self._summary(), "", *self._cost_table()]
         for task, rows in self.rows.items():
             own = next(t for t in self.evaluation.tasks if t.name == task)
             first = self._first(rows)
             chance = f"{1 / len(own.test):.1%}"
             head = f"{len(own.train)} pairs, {len(own.test)} held-out prompts (nearest by chance: {chance})"
-            lines += ["", f"## {task}: {head}", "", *self._cost_table(rows), ""]
+            lines += ["", f"## {task}: {head}", "", *self._training_table(rows), ""]
             lines += _table(
                 ["method", *(c.title for c in COLUMNS)],
                 [[r.label, *(_shown(r.estimate(c.key), c.form) for c in COLUMNS)] for r in rows],
@@ -248,20 +299,30 @@ class Report:
     def _first(self, rows: list[Row]) -> Row:
         return next(r for r in rows if r.label == self.reference)
 
-    def _cost_table(self, rows: list[Row]) -> list[str]:
-        titles = ["method", "learning rate", "trainable parameters", "file (KB)", "peak training memory (MB)",
-                  "step (s)", "drawing (s)", "lowest validation error at step", "memorises after step"]  # fmt: skip
+    def _cost_table(self) -> list[str]:
+        batch, first, cells = self.settings.batch_size, next(iter(self.rows.values())), []
+        for row in (r for r in first if r.label in (BASE, *self.evaluation.methods)):
+            c = row.cost
+            cells.append([
+                row.label, _number(c.get("parameters"), "{:,}"), _number(c.get("file_bytes"), "{:,.0f}", 1e3),
+                _number(c["peak_memory"], "{:,.0f}", 1e6), _number(c["step_seconds"], "{:.3f}"),
+                _number(c["drawing_seconds"], "{:.3f}"),
+            ])  # fmt: skip
+        return [
+            f"What each costs, alone in a process of its own with all of the machine, medians of {COST_ROUNDS} "
+            f"rounds: memory in training beyond what the imports take, the base included; a step of batch {batch}; a "
+            f"picture, drawn in batches of {batch}.", "",
+            *_table(["method", "trainable parameters", "file (KB)", "peak training memory (MB)", "step (s)",
+                     "drawing (s)"], cells),
+        ]  # fmt: skip
+
+    def _training_table(self, rows: list[Row]) -> list[str]:
         cells = []
-        for row in (r for r in rows if r.label in (BASE, *self.evaluation.methods)):
+        for row in (r for r in rows if r.label in self.evaluation.methods):
             c = row.cost
             rate = f"{c['rate']:g}" + (" (edge of the grid)" if c["rate_at_edge"] else "") if c.get("rate") else "–"
-            cells.append([
-                row.label, rate, _number(c.get("parameters"), "{:,}"), _number(c.get("file_bytes"), "{:,.0f}", 1e3),
-                _number(c.get("peak_memory"), "{:,.0f}", 1e6), _number(c.get("step_seconds"), "{:.3f}"),
-                _number(c.get("drawing_seconds"), "{:.3f}"), _number(c.get("best_step"), "{}"),
-                _number(c.get("memorises_after"), "{}"),
-            ])  # fmt: skip
-        return _table(titles, cells)
+            cells.append([row.label, rate, _number(c["best_step"], "{}"), _number(c["memorises_after"], "{}")])
+        return _table(["method", "learning rate", "lowest validation error at step", "memorises after step"], cells)
 
     def _sentences(self, others: list[Row], first: Row) -> list[str]:
         """In words, where the reference method wins and where it loses, by intervals that exclude 0."""

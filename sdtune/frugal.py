@@ -81,5 +81,8 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        weight = ctx.saved_tensors[0].to(gradient.dtype)
-        return nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.settings), None, None, None
+        weight, unread = ctx.saved_tensors[0].to(gradient.dtype), gradient.new_empty(ctx.shape)
+        found = torch.ops.aten.convolution_backward(
+            gradient, unread, weight, None, *ctx.settings[:3], False, [0, 0], ctx.settings[3], [True, False, False]
+        )
+        return found[0], None, None, None

@@ -3,8 +3,6 @@
 Every finished run leaves a file in the output folder and is skipped by the next start; an interrupted one goes on.
 """
 
-import ctypes
-import gc
 import hashlib
 import json
 import math
@@ -18,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import psutil
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
@@ -316,8 +313,8 @@ class Evaluation:
         """One run of the trainer, or what it left when it was finished before; without a seed, a validation run.
 
         Returns:
-            `failed` (why, if its loss was not finite), `step_seconds` (median), `peak_memory` and `file_bytes`; of a
-            validation run `validation`: step -> denoising error of each validation pair.
+            `failed` (why, if its loss was not finite) and `file_bytes`; of a validation run `validation`: step ->
+            denoising error of each validation pair.
         """
         folder, pairs = self.folder(task, label, rate, seed), task.train if seed is not None else task.part
         if (folder / "run.json").exists():
@@ -334,17 +331,11 @@ class Evaluation:
             preview_steps=1, preview_prompts=captions[:1], checkpoint_every=-(-steps // 5),
             resume=any((folder / "checkpoints").glob("step-*/state.json")),
         )  # fmt: skip
-        run, memory, times = {"failed": None, "rate": rate, "seed": seed, "peak_memory": None}, _Memory(), []
-
-        def on_step(done: int, _loss: float) -> None:
-            times.append(time.perf_counter())
-            if done == steps:
-                run["peak_memory"] = memory.peak()
-
+        run = {"failed": None, "rate": rate, "seed": seed}
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(folder / "log.txt", "a") as log, redirect_stdout(log):
-                fit(settings, config, on_step)
+                fit(settings, config)
         except Stopped:
             raise
         except (TrainError, ValueError) as error:
@@ -352,8 +343,6 @@ class Evaluation:
                 raise
             run["failed"] = str(error)
             self._say(f"{task.name}, {label}, rate {rate:g}: {error}")
-        gaps = [b - a for a, b in zip(times, times[1:])]
-        run["step_seconds"] = statistics.median(gaps) if gaps else None
         if (folder / store.FILE_NAME).exists():
             run["file_bytes"] = (folder / store.FILE_NAME).stat().st_size
         if seed is None and not run["failed"]:
@@ -434,16 +423,14 @@ class Evaluation:
             return
         (outside, _), prompts, device = self.outside, [p.caption for p in task.test], self.device
         with self._tuned(file) as adapters, self._autocast():
-            start = time.perf_counter()
             drawn = self._draw(prompts, seed * len(prompts), adapters)
-            seconds = (time.perf_counter() - start) / len(prompts)
             others = self._draw(self.outside_prompts, 0, adapters)
             found = {
                 "errors": self._errors(self.encoded(task)),
                 "outside_errors": self._errors(outside),
             }
         found |= {"features": measures.features(drawn, device), "colours": measures.colours(drawn),
-                  "outside": measures.features(others, device), "seconds": torch.tensor([seconds])}  # fmt: skip
+                  "outside": measures.features(others, device)}  # fmt: skip
         (folder / "drawn").mkdir(parents=True, exist_ok=True)
         for prefix, images in (("", drawn), ("outside-", others)):
             for i, image in enumerate(images):
@@ -457,31 +444,6 @@ def final_error(run: dict) -> float:
     """The mean validation error at the end of a validation run."""
     curve = run.get("validation")
     return math.inf if run["failed"] or not curve else statistics.mean(curve[max(curve, key=int)])
-
-
-class _Memory:
-    """Peak memory in bytes since it was made, beyond what was in use then: of tensors on a GPU, else of the process."""
-
-    def __init__(self):
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-            self.before = psutil.Process().memory_info().rss
-        except (OSError, AttributeError):
-            self.before = None
-
-    def peak(self) -> int | None:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() - self.before
-        if self.before is None:
-            return None
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 - self.before
 
 
 def read_json(path: Path) -> dict:

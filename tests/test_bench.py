@@ -37,6 +37,14 @@ def test_a_contestant_alone_in_a_process_tells_its_start_up_and_its_memory(tmp_p
     assert all(0 < found[name] < found["ready"] for name in ("imports", "base", "reading", "encoding"))
 
 
+def test_any_tuner_can_be_measured_alone(tmp_path):
+    tuner = {"kind": "dora", "ops": ["attn1"]}
+    train, draw = (bench.alone(job(tmp_path, part=part, who="any", tuner=tuner)) for part in ("train", "draw"))
+    assert train["peak"] > 0 and len(train["seconds"]) == len(draw["seconds"]) == 1
+    config, kind = job(tmp_path, who="any", tuner=tuner).trainer()
+    assert kind.kind == "dora" and kind.ops == ["attn1"]
+
+
 @pytest.mark.parametrize("who", [bench.REFERENCE, bench.RES_ATTN])
 def test_a_whole_run_of_each_trainer_saves_what_it_learned(tmp_path, who):
     spec = {"job": asdict(job(tmp_path, part="finish", who=who)), "result": str(tmp_path / "x.json")}

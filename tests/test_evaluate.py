@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import sdtune
-from sdtune import evaluate, measures, trials
+from sdtune import bench, evaluate, measures, trials
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,9 +159,8 @@ def test_the_command_is_stopped_twice_goes_on_and_leaves_tables_grid_and_curves(
     command = ["--quick", "--methods", "res_attn", "lora", "--tasks", str(pairs), "--output", str(tmp_path / "out")]
     out, fit, runs = tmp_path / "out", sdtune.fit, []
 
-    def fit_and_press_ctrl_c(config, tuner, on_step):
+    def fit_and_press_ctrl_c(config, tuner):
         def press(done, loss):
-            on_step(done, loss)
             if len(runs) == 2 and done == 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -170,6 +169,12 @@ def test_the_command_is_stopped_twice_goes_on_and_leaves_tables_grid_and_curves(
             raise KeyboardInterrupt
         return fit(config, tuner, press)
 
+    def alone(job):
+        jobs.append((job.part, job.who, job.tuner and job.tuner["kind"]))
+        return {"seconds": [2.0], "peak": 3_000_000} if job.part == "train" else {"seconds": [1.0, 5.0, 2.0]}
+
+    jobs = []
+    monkeypatch.setattr(bench, "alone", alone)  # tested with the bench
     monkeypatch.setattr(trials, "fit", fit_and_press_ctrl_c)
     assert evaluate.main(command) == 128 + signal.SIGINT  # in the middle of a run
     assert "same command goes on" in capsys.readouterr().err
@@ -183,7 +188,9 @@ def test_the_command_is_stopped_twice_goes_on_and_leaves_tables_grid_and_curves(
     rows = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
     labels = ["base", "shuffled", "res_attn", "lora", "true pictures"]
     assert [r["method"] for r in rows] == labels
-    assert int(rows[2]["parameters"]) == 193_440 and float(rows[2]["step_seconds"]) > 0
+    assert int(rows[2]["parameters"]) == 193_440 and float(rows[2]["step_seconds"]) == 2
+    assert float(rows[0]["drawing_seconds"]) == 1 and "| res_attn | 193,440 | 397 | 3 | 2.000 | 1.000 |" in table
+    assert jobs == [("draw", "base", None), *((part, n, n) for n in ("res_attn", "lora") for part in ("draw", "train"))]
     assert "▲ better" in table and all(table.count(f"| {r['method']} |") >= 2 for r in rows)  # in the summary, too
     results = json.loads((out / "results.json").read_text())
     found = results["tasks"][pairs.name]["rows"]
@@ -197,7 +204,7 @@ def test_the_command_is_stopped_twice_goes_on_and_leaves_tables_grid_and_curves(
         assert found[row]["rate"] == min(errors, key=errors.get) and len(errors) == 2
     assert Image.open(out / "grid.png").width == 220 + 4 * 136 + 8 and Image.open(out / "curves.png").width > 800
 
-    assert evaluate.main(command) == 0 and len(runs) == 9  # all is there
+    assert evaluate.main(command) == 0 and len(runs) == 9 and len(jobs) == 5  # all is there
     assert (out / "table.md").read_text() == table
     capsys.readouterr()
     assert evaluate.main([*command, "--steps", "3"]) == 1
