@@ -17,6 +17,7 @@ import gradio as gr
 import transformers
 
 from sdtune import BaseError
+from sdtune.launch import keep_freed_memory
 from sdtune.page import look
 from sdtune.page.device import Job, StudioError, in_plain_words
 from sdtune.page.notes import MOST_COLUMNS, Settings, read_png
@@ -458,6 +459,7 @@ def main() -> int:
     for logging in (transformers.utils.logging, diffusers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    keep_freed_memory()
     try:
         studio = Studio(args.base, args.output)
     except BaseError as error:

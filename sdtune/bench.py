@@ -86,7 +86,9 @@ class Job:
 
     @property
     def label(self) -> str:
-        label = CONTESTANTS["draw" if self.part == "draw" else "train"].get(self.who, self.who)
+        if self.tuner:
+            return f"{self.who}, {self.part}"
+        label = CONTESTANTS["draw" if self.part == "draw" else "train"][self.who]
         return label + (", checkpointing" if self.checkpointing else "")
 
     def trainer(self) -> tuple[TrainConfig, TunerConfig]:

@@ -37,16 +37,18 @@ def replace_by(count: int, target: list[str], arguments: list[str]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep what it frees, for the next step; for training on a CPU, where the C library is glibc's.
+    """Lets this process keep what it frees, for the next step; where there is no GPU, and the C library is glibc's.
 
-    Large blocks would go back to the system at once, which clears them page by page when they are next needed. Threads
-    besides the main one gain less: glibc gives them arenas of their own.
+    Large blocks would go back to the system at once, which clears them page by page when they are next needed.
     """
-    mmap_max, trim_threshold = -4, -1  # the numbers of malloc.h
+    if torch.accelerator.is_available():
+        return
+    mmap_max, trim_threshold, arena_max = -4, -1, -8  # the numbers of malloc.h
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
+        mallopt(arena_max, 1)  # arenas of other threads could not hold large blocks
 
 
 class signals:

@@ -1,4 +1,4 @@
-"""Makes folders of pictures and captions for the tests, and reads them with `data.read`."""
+"""Makes folders of pictures and captions for the tests, reads them with `data.read`, and makes a file to be wary of."""
 
 import json
 import os
@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from sdtune import data
+import sdtune
+from sdtune import data, store
 from sdtune.data import DataError
 
 SIDE = 16
 RED = (200, 30, 40)
+HOSTILE = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
 
 
 def put(path, size=(SIDE, SIDE), mode="RGB", color=RED, **options) -> Path:
@@ -66,3 +69,9 @@ def opened(folder, name) -> np.ndarray:
     image = pair.open()
     assert image.mode == "RGB"
     return np.asarray(image)
+
+
+def a_misfit(path: Path) -> None:
+    """A tuner for a base of another shape, with metadata that wants to be HTML."""
+    base = {"name": HOSTILE, "shape": {"cross_attention_dim": 768}}
+    store.save(path, store.TunerFile(sdtune.TunerConfig(), {"a.b": torch.zeros(2)}, base, HOSTILE))

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from folders import HOSTILE, a_misfit
 from PIL import Image
-from test_page import HOSTILE, a_misfit
 
 from sdtune.page import notes
 from sdtune.pictures import distance

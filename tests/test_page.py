@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import a_misfit
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
@@ -17,14 +18,6 @@ from safetensors.torch import save_file
 import sdtune
 from sdtune import config, store
 from sdtune.page import device, library, look, notes, studio
-
-HOSTILE = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
-
-
-def a_misfit(path: Path) -> None:
-    """A tuner for a base of another shape, with metadata that wants to be HTML."""
-    base = {"name": HOSTILE, "shape": {"cross_attention_dim": 768}}
-    store.save(path, store.TunerFile(sdtune.TunerConfig(), {"a.b": torch.zeros(2)}, base, HOSTILE))
 
 
 def test_settings_travel_in_the_picture(tmp_path):
