@@ -210,7 +210,12 @@ def _add_residual(op: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor
     place = 2 if isinstance(op, BasicTransformerBlock) else 1  # gradient checkpointing passes everything by position
     text = kwargs.get("encoder_hidden_states", args[place] if len(args) > place else None)
     residual = holder(x, text[0] if isinstance(text, tuple) else text)  # an IP-Adapter adds pictures to the text
-    return None if residual is None else output + residual.to(output.dtype)
+    if residual is None:
+        return None
+    residual = residual.to(output.dtype)
+    if torch.is_grad_enabled():
+        return output + residual
+    return output.add_(residual)  # the operation has just made it; this saves a quarter of what a tuner costs
 
 
 def _fuse_lora(unet, lora_scale=1.0, safe_fusing=False, adapter_names=None):
