@@ -15,6 +15,8 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+LEAST = 2**19  # bytes of a tensor that is worth not keeping: the time that it costs depends little on the size
+
 
 class Frugal(saved_tensors_hooks):
     """Within `with Frugal(unet):` a forward pass keeps less for its backward, whose gradients are the same bit for bit.
@@ -36,7 +38,7 @@ class Frugal(saved_tensors_hooks):
 
     def _note(self, function, x: torch.Tensor) -> torch.Tensor:
         result = function(x)
-        if result.requires_grad:
+        if result.requires_grad and result.nbytes >= LEAST:
             result.again = _Again(function, x)
             self.given[result.data_ptr()] = result
         return result
@@ -68,7 +70,7 @@ class _Again:
 
 def _convolve(conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`nn.Conv2d._conv_forward`, keeping x only for a gradient of the weights."""
-    if weight.requires_grad or not x.requires_grad:
+    if weight.requires_grad or not x.requires_grad or x.nbytes < LEAST:
         return nn.Conv2d._conv_forward(conv, x, weight, bias)
     return _FrozenConvolution.apply(x, weight, bias, conv)
 
