@@ -209,6 +209,7 @@ def test_a_grid_over_two_axes_and_the_weight_slider(page):
     page.locator("#live-weight input[type=range]").focus()
     page.keyboard.press("ArrowRight")
     says(page, "live-status", "weight 1.05")
+    page.locator("#live img.shot").nth(1).wait_for()
     first, second = shots(page, "live")
     assert first != second
 
