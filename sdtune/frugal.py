@@ -3,7 +3,7 @@
 PyTorch keeps for the backward whatever an operation might need. In a frozen UNet a convolution's input serves
 nothing, since its weights get no gradient; and what a normalisation or GELU gave is soon computed again from what it
 took, which is kept anyway. On Stable Diffusion 1.5's shape with Res-Attn that is 171 of 416 MB (256 px, batch 1,
-fp32: the sizes of the tensors that its graph holds).
+fp32: the sizes of the tensors that its graph holds), less what is below `LEAST`.
 """
 
 from contextlib import nullcontext
