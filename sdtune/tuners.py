@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# CUDA's fused attention kernels want heads whose width is a multiple of this; the CPU's take any, and are fastest
-# without zeros. Zero columns in q, k and v change neither q.k (the scale is given explicitly) nor the first `rank`
-# columns of the result, so padding is exact.
+# CUDA's fused attention kernels want heads whose width is a multiple of this. Zero columns in q, k and v change neither
+# q.k (the scale is given explicitly) nor the first `rank` columns of the result, so padding is exact.
 _HEAD_DIM = {"cuda": 8}
 
 
@@ -114,7 +113,12 @@ class ResAttn(Tuner):
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q: (B, num_heads, N, widened rank), k and v with their own N -> (B, N, num_heads * rank)."""
         dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        if q.device.type == "cpu" and not dropout:
+            from . import narrow  # imports Numba, which nothing else here needs
+
+            x = narrow.attention(q, k, v, self.scale)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         return x[..., : self.rank].transpose(1, 2).flatten(2)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdtune
-from sdtune import attach, tuners
+from sdtune import attach, narrow, tuners
 from sdtune.tuners import BASELINES, KINDS, LORAS, Beside, Widths, build, fields_of
 
 
@@ -98,9 +98,9 @@ def test_a_tuner_has_4_dim_rank_heads_and_dim_parameters(dim, rank, num_heads):
     assert sum(p.numel() for p in tuner.parameters()) == 4 * dim * rank * num_heads + dim
 
 
-@pytest.mark.parametrize(("rank", "num_heads"), [(4, 4), (2, 4), (8, 4), (8, 8), (3, 5), (17, 2)])
+@pytest.mark.parametrize(("rank", "num_heads"), [(4, 4), (8, 8), (17, 2)])
 def test_the_scores_are_never_materialised_on_the_cpu(rank, num_heads):
-    """No tensor of forward or backward comes near N x N, and the attention is PyTorch's fused kernel for the CPU."""
+    """No tensor of forward or backward comes near N x N; wide heads are left to PyTorch's fused kernel for the CPU."""
     tokens, largest, kernels = 4096, 0, set()
 
     class Watch(TorchDispatchMode):
@@ -117,7 +117,7 @@ def test_the_scores_are_never_materialised_on_the_cpu(rank, num_heads):
     with Watch():
         tuner(x).sum().backward()
     flash = "_scaled_dot_product_flash_attention_for_cpu"
-    assert kernels == {flash, f"{flash}_backward"} and largest <= tokens * 3 * num_heads * (rank + 15)
+    assert kernels == ({flash, f"{flash}_backward"} if rank > narrow.WIDEST else set()) and largest <= tokens * 3 * num_heads * (rank + 15)
     assert largest < tokens * tokens / 4
 
 
