@@ -2,15 +2,14 @@
 
 Contestants of a training step: what diffusers' examples/text_to_image/train_text_to_image_lora.py does per step, our
 trainer with Res-Attn and with LoRA, and the floor, the frozen UNet alone. Contestants of drawing: the base, a Res-Attn,
-a LoRA of equal parameters as it is and fused. They alternate, all on one copy of the frozen UNet, so the ratios hold on
-a machine whose speed wanders; memory and start-up are measured on each in a process of its own.
+a LoRA of equal parameters as it is and fused. They alternate, each in a process of its own, so the ratios hold on a
+machine whose speed wanders, and nobody profits from what another one sets.
 
 This file trains nothing itself: our contestants are `train._Trainer.step`, `train.fit` and `drawing.draw_cells`.
 """
 
 import argparse
 import ctypes
-import io
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, repeat
@@ -48,7 +47,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import bases, data, drawing, pipeline, store, train, trials
+from . import bases, data, drawing, launch, pipeline, store, train, trials
 from .config import TrainConfig
 from .tuners import TunerConfig
 
@@ -193,6 +192,7 @@ def _floor(job: Job) -> Contestant:
 
     The gradient goes down to the result of the first operation that has a tuner beside it, as that tuner needs.
     """
+    launch.keep_freed_memory()  # as our trainer does, or the floor would lie above it
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[job.precision]
     unet = bases.load_base(job.base).unet.requires_grad_(False).to(device, dtype).train()
     first = next(module for name, module in unet.named_modules() if name.endswith(".attn1"))
@@ -246,24 +246,67 @@ def sd15_shape() -> str:
 
 
 def alternate(jobs: list[Job], rounds: int, block: int) -> dict[str, list[float]]:
-    """Seconds per image of each contestant in each round; within a round each runs `block` units in a row."""
-    contestants, weights = {}, {}
-    for job in jobs:
-        say(f"  readying {job.label}")
-        with _quiet():
-            contestants[job.who] = prepare(job)
-        for name, p in contestants[job.who].unet.named_parameters():  # one copy of the frozen weights for all
-            if not p.requires_grad:
-                p.data = weights.setdefault(name.replace(".base_layer", ""), p.data)
-    seconds, order = {name: [] for name in contestants}, list(contestants)
-    for number in range(rounds + 1):
-        for name in order:
-            with _quiet():
-                seconds[name].append(_time(contestants[name].run, block) / jobs[0].batch)
-        order.append(order.pop(0))  # nobody is always behind the same one
-        shown = ", ".join(f"{n} {t[-1]:.3g} s" for n, t in seconds.items())
-        say(f"  {f'round {number} of {rounds}' if number else 'warm-up'}: {shown}")
+    """Seconds per image of each contestant in each round; within a round each runs `block` units in a row.
+
+    Raises:
+        RuntimeError: with the last words of a contestant that fails.
+    """
+    seconds, order = {job.who: [] for job in jobs}, [job.who for job in jobs]
+    with ExitStack() as stack:
+        contestants = {job.who: stack.enter_context(_Process(job)) for job in jobs}
+        for number in range(rounds + 1):
+            for name in order:
+                seconds[name].append(contestants[name].turn(block) / jobs[0].batch)
+            order.append(order.pop(0))  # nobody is always behind the same one
+            shown = ", ".join(f"{n} {t[-1]:.3g} s" for n, t in seconds.items())
+            say(f"  {f'round {number} of {rounds}' if number else 'warm-up'}: {shown}")
     return {name: spent[1:] for name, spent in seconds.items()}
+
+
+class _Process:
+    """A contestant in a process of its own that rests between its turns."""
+
+    def __init__(self, job: Job):
+        say(f"  readying {job.label}")
+        self.label, self.words, pipe = job.label, Path(tempfile.mkdtemp(dir=job.work)) / "words.txt", subprocess.PIPE
+        command = [sys.executable, "-m", "sdtune.bench", "--child", json.dumps({"job": asdict(job)})]
+        with self.words.open("w") as words:
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=words, text=True, bufsize=1)
+
+    def __enter__(self):
+        self._answer()
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+    def turn(self, units: int) -> float:
+        """Seconds of one unit."""
+        with suppress(BrokenPipeError):
+            print(units, file=self.process.stdin)
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        answer = self.process.stdout.readline()
+        if not answer:
+            words = self.words.read_text(errors="replace").split()
+            raise RuntimeError(f"{self.label}: {' '.join(words)[-400:] or 'ended without a word'}")
+        return answer
+
+
+def take_turns(job: Job) -> None:
+    """The other end of `_Process`: a number on stdin for each turn, the answers on stdout, all else on stderr."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    contestant = prepare(job)
+    print("ready", file=answers)
+    for line in sys.stdin:
+        if torch.cuda.is_available():
+            _time(contestant.run)  # takes back the memory that it gave the others
+        print(_time(contestant.run, int(line)), file=answers)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -288,7 +331,10 @@ def held() -> int:
 
 def child(spec: dict) -> None:
     """One contestant alone in this process; writes what it took, in seconds and bytes, to `spec["result"]`."""
-    started, job = spec["started"], Job(**spec["job"])
+    job = Job(**spec["job"])
+    if "result" not in spec:
+        return take_turns(job)
+    started = spec["started"]
     found, before = {"imports": time.time() - started}, held()
     with _clocks(found):
         if job.part == "finish" and job.who != REFERENCE:
@@ -354,12 +400,6 @@ def _time(run: Callable[[], None], times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
-@contextmanager
-def _quiet():
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
-
-
 def measure_alternating(job: Job, options) -> list[dict]:
     """Seconds per image of each contestant, and the ratio to the one that sets the mark, round by round."""
     job = replace(job, data=_repeated(job, math.lcm(*options.batch)))  # few pictures, in whole batches
@@ -384,7 +424,6 @@ def measure_alternating(job: Job, options) -> list[dict]:
 def measure_memory(job: Job, options) -> list[dict]:
     """Start-up and time per image in seconds, and memory in MB beyond what the imports take, of each contestant alone.
 
-    Alone in its process, the reference lacks `launch.keep_freed_memory`, which it shares with our trainer otherwise.
     `loaded` is in use between two steps or pictures, `working` is what one needs on top, `peak` is both, and `whole`
     is the most since the start.
     """
@@ -582,6 +621,9 @@ def main(arguments: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 say(f"stopped in {part}; the report is on what came before")
                 break
+            except RuntimeError as error:
+                say(f"{part} cannot be measured: {error}")
+                continue
             steps = f", {job.draw_steps} sampling steps" if part == "draw" else ""
             print(f"\n**{part}**: {PARTS[part][1]}{steps}\n\n{table(found[part])}", flush=True)
     verdicts = judge(found, cuda)
