@@ -62,7 +62,11 @@ PROJECTIONS = ["to_k", "to_q", "to_v", "to_out.0"]
 ONCE = ("imports", "base", "reading", "encoding", "previews")  # the parts of a start-up, in seconds
 ROOT = Path(__file__).parent.parent
 PROMPT = "a girl with silver hair, in anime style"
-say = partial(print, file=sys.stderr, flush=True)  # progress; the report alone goes to stdout
+
+
+def say(text: str) -> None:
+    """Progress; the report alone goes to stdout."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
