@@ -39,7 +39,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
-        result, sums = _empty_like(q), torch.empty(q.shape[:3])
+        result, sums = _empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32)
         _call(_forward, scale, q, k, v, result, sums)
         ctx.save_for_backward(q, k, v, result, sums)
         ctx.scale = scale
@@ -56,7 +56,7 @@ class _Attention(torch.autograd.Function):
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
     """(B, H, N, R) in fp32 that lies as (B, N, H, R), which is how the linear layers before and behind want it."""
-    return torch.empty(x.transpose(1, 2).shape).transpose(1, 2)
+    return torch.empty(x.transpose(1, 2).shape, dtype=torch.float32).transpose(1, 2)
 
 
 _alone = threading.Lock()  # without OpenMP Numba ends the process when two threads call it at once
@@ -81,9 +81,9 @@ _inner = numba.njit(inline="always", **_HOW)
 
 def _outer(function):
     try:
-        return numba.njit(parallel=True, cache=True, **_HOW)(function)
+        return numba.njit(parallel=True, nogil=True, cache=True, **_HOW)(function)
     except RuntimeError:  # no folder where it could be kept
-        return numba.njit(parallel=True, **_HOW)(function)
+        return numba.njit(parallel=True, nogil=True, **_HOW)(function)
 
 
 _one = np.float32
