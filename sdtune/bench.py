@@ -249,8 +249,8 @@ def sd15_shape() -> str:
 # --------------------------------------------------------------------------------------- measuring
 
 
-def alternate(jobs: list[Job], rounds: int, block: int) -> dict[str, list[float]]:
-    """Seconds per image of each contestant in each round; within a round each runs `block` units in a row.
+def alternate(jobs: list[Job], rounds: int) -> dict[str, list[float]]:
+    """Seconds per image of each contestant in each round, in which each has a turn of a second or a unit or more.
 
     Raises:
         RuntimeError: with the last words of a contestant that fails.
@@ -258,9 +258,12 @@ def alternate(jobs: list[Job], rounds: int, block: int) -> dict[str, list[float]
     seconds, order = {job.who: [] for job in jobs}, [job.who for job in jobs]
     with ExitStack() as stack:
         contestants = {job.who: stack.enter_context(_Process(job)) for job in jobs}
+        units = 1
         for number in range(rounds + 1):
             for name in order:
-                seconds[name].append(contestants[name].turn(block) / jobs[0].batch)
+                seconds[name].append(contestants[name].turn(units) / jobs[0].batch)
+            if not number:  # caches are cold after the others' turns, which would show in short ones
+                units = math.ceil(1 / min(contestant.turn(1) for contestant in contestants.values()))
             order.append(order.pop(0))  # nobody is always behind the same one
             shown = ", ".join(f"{n} {t[-1]:.3g} s" for n, t in seconds.items())
             say(f"  {f'round {number} of {rounds}' if number else 'warm-up'}: {shown}")
@@ -408,11 +411,10 @@ def measure_alternating(job: Job, options) -> list[dict]:
     """Seconds per image of each contestant, and the ratio to the one that sets the mark, round by round."""
     job = replace(job, data=_repeated(job, math.lcm(*options.batch)))  # few pictures, in whole batches
     training = job.part == "train"
-    mark, block = (FLOOR, 10 if torch.cuda.is_available() else 1) if training else (BASE, 1)
-    rows = []
+    mark, rows = FLOOR if training else BASE, []
     for batch in options.batch if training else options.batch[:1]:
         jobs = [replace(job, who=name, batch=batch) for name in CONTESTANTS[job.part]]
-        seconds = alternate(jobs, options.rounds, block)
+        seconds = alternate(jobs, options.rounds)
         for one in jobs:
             own = np.array(seconds[one.who])
             low, median, high = np.percentile(own, (25, 50, 75)).tolist()

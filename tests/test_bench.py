@@ -60,7 +60,7 @@ def test_a_contestant_that_fails_is_told_of_and_does_not_end_the_run(tmp_path, m
 
 def test_a_contestant_that_fails_in_its_turn_is_told_of_with_its_last_words(tmp_path, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="sdtune, Res-Attn: .*no file or folder nowhere"):
-        bench.alternate([job(tmp_path, base="nowhere")], rounds=1, block=1)
+        bench.alternate([job(tmp_path, base="nowhere")], rounds=1)
     monkeypatch.setattr(sys, "executable", "false")
     assert bench.main(["train", "--quick"]) == 0
     assert "train cannot be measured: diffusers' script, LoRA r 4: ended without a word" in capsys.readouterr().err
