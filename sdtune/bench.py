@@ -1,11 +1,9 @@
 """Speed and memory, measured side by side in one run: `python -m sdtune.bench --help`.
 
-Contestants of a training step: what diffusers' examples/text_to_image/train_text_to_image_lora.py does per step, our
-trainer with Res-Attn and with LoRA, and the floor, the frozen UNet alone. Contestants of drawing: the base, a Res-Attn,
-a LoRA of equal parameters as it is and fused. They alternate, each in a process of its own, so the ratios hold on a
-machine whose speed wanders, and nobody profits from what another one sets.
-
-This file trains nothing itself: our contestants are `train._Trainer.step`, `train.fit` and `drawing.draw_cells`.
+A training step of diffusers' train_text_to_image_lora.py, of our trainer with Res-Attn and with LoRA, and of the frozen
+UNet alone, the floor; a picture of the base, with a Res-Attn, with a LoRA of equal parameters as it is and fused. The
+contestants alternate, each in a process of its own, so the ratios hold on a machine whose speed wanders, and nobody
+profits from what another one sets. What they do is in `contestants`.
 """
 
 import argparse
@@ -23,227 +21,29 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain, repeat
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import patch
 
 import diffusers
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from PIL import Image
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import bases, data, drawing, launch, pipeline, store, train, trials
-from .config import TrainConfig
-from .tuners import TunerConfig
+from . import bases, data, drawing, store, train
+from .contestants import BASE, CONTESTANTS, FLOOR, LORA, REFERENCE, RES_ATTN, Job, prepare
 
-REFERENCE, RES_ATTN, LORA, FLOOR, BASE, FUSED = "reference", "res_attn", "lora", "floor", "base", "lora_fused"
-CONTESTANTS = {
-    "train": {REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn", LORA: "sdtune, LoRA r 4",
-              FLOOR: "floor: frozen UNet"},
-    "draw": {BASE: "base", RES_ATTN: "base + Res-Attn", LORA: "base + LoRA", FUSED: "base + LoRA, fused"},
-}  # fmt: skip
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
-PROJECTIONS = ["to_k", "to_q", "to_v", "to_out.0"]
 ONCE = ("imports", "base", "reading", "encoding", "previews")  # the parts of a start-up, in seconds
 ROOT = Path(__file__).parent.parent
-PROMPT = "a girl with silver hair, in anime style"
 
 
 def say(text: str) -> None:
     """Progress; the report alone goes to stdout."""
     print(text, file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one contestant does; a child process is given it as JSON."""
-
-    part: str  # of CONTESTANTS, or finish: a whole training run
-    who: str
-    base: str
-    data: str
-    work: str  # a folder for what it writes
-    resolution: int
-    batch: int
-    precision: str
-    repeat: int  # steps or pictures in a child process, after one to warm up; the steps of a whole run
-    draw_steps: int  # of sampling
-    default_previews: bool = False  # whether our trainer's previews are its default ones, or as cheap as can be
-    checkpointing: bool = False
-    tuner: dict | None = None  # a `TunerConfig` in place of the contestant's own
-
-    @property
-    def label(self) -> str:
-        if self.tuner:
-            return f"{self.who}, {self.part}"
-        label = CONTESTANTS["draw" if self.part == "draw" else "train"][self.who]
-        return label + (", checkpointing" if self.checkpointing else "")
-
-    def trainer(self) -> tuple[TrainConfig, TunerConfig]:
-        """What a user would give our trainer; all else is its default."""
-        cheap = dict(preview_steps=1, preview_prompts=[PROMPT], preview_every=0)
-        config = TrainConfig(
-            base=self.base, data=self.data, output=str(Path(self.work) / "run" / self.who), batch_size=self.batch,
-            resolution=self.resolution, mixed_precision=self.precision, gradient_checkpointing=self.checkpointing,
-            steps=self.repeat if self.part == "finish" else 1000, **({} if self.default_previews else cheap),
-        )  # fmt: skip
-        lora = dict(kind="lora", rank=4, ops=["attn1", "attn2"])
-        return config, TunerConfig(**(self.tuner or (lora if self.who == LORA else {})))
-
-
-# --------------------------------------------------------------------------------------- contestants
-
-
-class Contestant(NamedTuple):
-    """One that is ready: `run` is a unit of its work (a step, or drawing a batch) with `unet`, `finish` saves."""
-
-    unet: torch.nn.Module
-    run: Callable[[], None]
-    finish: Callable[[], None] = lambda: None
-
-
-def prepare(job: Job) -> Contestant:
-    """Brings a contestant to the brink of its first unit."""
-    if job.part == "draw":
-        return _drawing(job)
-    if job.who in (REFERENCE, FLOOR):
-        return _reference(job) if job.who == REFERENCE else _floor(job)
-    trainer = train._Trainer(*job.trainer())
-    return Contestant(trainer.unet, trainer.step)
-
-
-def _reference(job: Job) -> Contestant:
-    """diffusers' train_text_to_image_lora.py, as it is documented and behaves with its default flags and flipping.
-
-    Every step decodes, scales, crops and flips image files in a DataLoader without workers, tokenises the captions,
-    runs the VAE's encoder and the text encoder, and reads the loss back twice. LoRA r 4 in the UNet's attention,
-    AdamW, constant 1e-4. Its gradient clipping gets a used-up iterator, so it clips nothing.
-    """
-    AcceleratorState._reset_state()  # of our trainer, which may be in this process
-    accelerator = Accelerator(mixed_precision=job.precision, cpu=not torch.cuda.is_available())
-    pairs, _ = data.read_splits(job.data, job.resolution, lambda line: None)
-    pipe = bases.load_base(job.base)
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    for frozen in (pipe.vae, pipe.text_encoder, pipe.unet):
-        frozen.requires_grad_(False).to(accelerator.device, DTYPES[job.precision])
-    unet, vae = pipe.unet, pipe.vae
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=PROJECTIONS))
-    if job.precision == "fp16":
-        cast_training_params(unet, dtype=torch.float32)
-    trainable = filter(lambda p: p.requires_grad, unet.parameters())
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=1e-2)
-    batched = partial(_pixels_and_ids, pipe.tokenizer, job.resolution)
-    loader = torch.utils.data.DataLoader(pairs, batch_size=job.batch, shuffle=True, collate_fn=batched)
-    rate = get_scheduler("constant", optimizer)
-    unet, optimizer, loader, rate = accelerator.prepare(unet.train(), optimizer, loader, rate)
-    batches = chain.from_iterable(repeat(loader))
-
-    def step() -> None:
-        pixels, ids = next(batches)
-        latents = vae.encode(pixels.to(DTYPES[job.precision])).latent_dist.sample() * vae.config.scaling_factor
-        noise = torch.randn_like(latents)
-        steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        states = pipe.text_encoder(ids, return_dict=False)[0]
-        predicted = unet(scheduler.add_noise(latents, noise, steps), steps, states, return_dict=False)[0]
-        loss = F.mse_loss(predicted.float(), noise.float())
-        accelerator.gather(loss.repeat(job.batch)).mean().item()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        rate.step()
-        optimizer.zero_grad()
-        loss.detach().item()
-
-    def finish() -> None:
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(accelerator.unwrap_model(unet)))
-        StableDiffusionPipeline.save_lora_weights(job.work, unet_lora_layers=layers)
-
-    return Contestant(accelerator.unwrap_model(unet), step, finish)
-
-
-def _pixels_and_ids(tokenizer, side: int, pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's batch: files decoded, scaled, cropped at random, flipped at random, and captions tokenised."""
-    pixels = []
-    for image in (pair.open() for pair in pairs):
-        scale = side / min(image.size)
-        image = image.resize([max(side, round(n * scale)) for n in image.size], Image.Resampling.BILINEAR)
-        left, top = (int(torch.randint(0, n - side + 1, ())) for n in image.size)
-        image = image.crop((left, top, left + side, top + side))
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else image
-        channels_first = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        pixels.append(channels_first.float().div(255).sub(0.5).div(0.5))
-    whole = dict(max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt")
-    return torch.stack(pixels), tokenizer([pair.caption for pair in pairs], **whole).input_ids
-
-
-def _floor(job: Job) -> Contestant:
-    """The frozen UNet's forward and backward, and nothing else: no data, no tuner, no optimizer, no autocast.
-
-    The gradient goes down to the result of the first operation that has a tuner beside it, as that tuner needs.
-    """
-    launch.keep_freed_memory()  # as our trainer does, or the floor would lie above it
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[job.precision]
-    unet = bases.load_base(job.base).unet.requires_grad_(False).to(device, dtype).train()
-    first = next(module for name, module in unet.named_modules() if name.endswith(".attn1"))
-    first.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    side, width = job.resolution // 8, unet.config.cross_attention_dim
-    noisy, noise = torch.randn(2, job.batch, 4, side, side, device=device, dtype=dtype)
-    states = torch.randn(job.batch, 77, width, device=device, dtype=dtype)
-    steps = torch.randint(0, 1000, (job.batch,), device=device)
-
-    def step() -> None:
-        F.mse_loss(unet(noisy, steps, states, return_dict=False)[0].float(), noise.float()).backward()
-
-    return Contestant(unet, step)
-
-
-def _drawing(job: Job) -> Contestant:
-    """A pipeline that draws with a fresh adapter; what its weights are makes no difference to the time."""
-    pipe = bases.load_base(job.base, DTYPES[job.precision]).to("cuda" if torch.cuda.is_available() else "cpu")
-    unet = pipe.unet.requires_grad_(False)
-    if job.tuner or job.who == RES_ATTN:
-        pipeline.add_tuner(pipe, TunerConfig(**job.tuner or {}))
-    elif job.who != BASE:
-        pipeline.add_tuner(pipe, trials.methods(unet)["lora"])  # of equal parameters
-    if job.who == FUSED:
-        unet.fuse_lora()
-        unet.unload_lora()
-    unet.eval()
-    adapters = {} if job.who in (BASE, FUSED) else {"tuner_0": 1.0}
-    cells = [drawing.Cell(PROMPT, seed, adapters) for seed in range(job.batch)]
-    return Contestant(unet, partial(drawing.draw_cells, pipe, cells, steps=job.draw_steps, size=job.resolution))
-
-
-def sd15_shape() -> str:
-    """A base of Stable Diffusion 1.5's exact shape with random weights, made once and kept; 4.3 GB."""
-    folder, part, configs = Path("output/sd15-shape"), Path("output/.sd15-shape.part"), bases.CONFIGS / "sd15"
-    if not folder.exists():
-        say(f"making {folder}, Stable Diffusion 1.5's shape with random weights")
-        StableDiffusionPipeline(
-            vae=AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae")),
-            text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")),
-            tokenizer=CLIPTokenizer.from_pretrained(bases.CONFIGS / "tokenizer", pad_token="<|endoftext|>"),
-            unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet")),
-            scheduler=PNDMScheduler.from_pretrained(configs / "scheduler"),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        ).save_pretrained(part)  # fmt: skip
-        part.rename(folder)
-    return str(folder)
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -270,13 +70,19 @@ def alternate(jobs: list[Job], rounds: int) -> dict[str, list[float]]:
     return {name: spent[1:] for name, spent in seconds.items()}
 
 
+def _command(spec: dict, processes: int = 1) -> list[str]:
+    """What starts `child`."""
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *many, "-m", "sdtune.bench", "--child", json.dumps(spec)]
+
+
 class _Process:
     """A contestant in a process of its own that rests between its turns."""
 
     def __init__(self, job: Job):
         say(f"  readying {job.label}")
         self.label, self.words, pipe = job.label, Path(tempfile.mkdtemp(dir=job.work)) / "words.txt", subprocess.PIPE
-        command = [sys.executable, "-m", "sdtune.bench", "--child", json.dumps({"job": asdict(job)})]
+        command = _command({"job": asdict(job)})
         with self.words.open("w") as words:
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=words, text=True, bufsize=1)
 
@@ -337,7 +143,7 @@ def held() -> int:
 
 
 def child(spec: dict) -> None:
-    """One contestant alone in this process; writes what it took, in seconds and bytes, to `spec["result"]`."""
+    """One contestant alone in this process; writes what it took, in seconds and bytes, to `spec["result"]`, if any."""
     job = Job(**spec["job"])
     if "result" not in spec:
         return take_turns(job)
@@ -368,10 +174,10 @@ def alone(job: Job, processes: int = 1) -> dict:
     say(f"  {job.label}, batch {job.batch}, alone" + (f" in {processes} processes" if processes > 1 else ""))
     result = Path(tempfile.mkdtemp(dir=job.work)) / "result.json"
     job = replace(job, work=str(result.parent))  # an output folder of its own
-    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     spec = {"job": asdict(job), "result": str(result), "started": time.time()}
-    command = [sys.executable, *many, "-m", "sdtune.bench", "--child", json.dumps(spec)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        _command(spec, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     if result.exists():
         return json.loads(result.read_text())
     say(f"  failed with exit status {done.returncode}:\n{done.stdout[-2000:]}")
@@ -414,7 +220,12 @@ def measure_alternating(job: Job, options) -> list[dict]:
     mark, rows = FLOOR if training else BASE, []
     for batch in options.batch if training else options.batch[:1]:
         jobs = [replace(job, who=name, batch=batch) for name in CONTESTANTS[job.part]]
-        seconds = alternate(jobs, options.rounds)
+        try:
+            seconds = alternate(jobs, options.rounds)
+        except RuntimeError as error:
+            say(f"  failed: {error}")
+            rows.append({"batch": batch, "contestant": "all", "error": str(error)})
+            continue
         for one in jobs:
             own = np.array(seconds[one.who])
             low, median, high = np.percentile(own, (25, 50, 75)).tolist()
@@ -581,6 +392,23 @@ def _cell(value) -> str:
     return "" if value is None else str(value)
 
 
+def sd15_shape() -> str:
+    """A base of Stable Diffusion 1.5's exact shape with random weights, made once and kept; 4.3 GB."""
+    folder, part, configs = Path("output/sd15-shape"), Path("output/.sd15-shape.part"), bases.CONFIGS / "sd15"
+    if not folder.exists():
+        say(f"making {folder}, Stable Diffusion 1.5's shape with random weights")
+        StableDiffusionPipeline(
+            vae=AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae")),
+            text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")),
+            tokenizer=CLIPTokenizer.from_pretrained(bases.CONFIGS / "tokenizer", pad_token="<|endoftext|>"),
+            unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet")),
+            scheduler=PNDMScheduler.from_pretrained(configs / "scheduler"),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        ).save_pretrained(part)  # fmt: skip
+        part.rename(folder)
+    return str(folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     for logging in (transformers.utils.logging, diffusers.utils.logging):
@@ -627,9 +455,6 @@ def main(arguments: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 say(f"stopped in {part}; the report is on what came before")
                 break
-            except RuntimeError as error:
-                say(f"{part} cannot be measured: {error}")
-                continue
             steps = f", {job.draw_steps} sampling steps" if part == "draw" else ""
             print(f"\n**{part}**: {PARTS[part][1]}{steps}\n\n{table(found[part])}", flush=True)
     verdicts = judge(found, cuda)

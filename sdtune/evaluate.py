@@ -32,7 +32,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from . import bench, data, launch, measures, pictures, store
+from . import bench, contestants, data, launch, measures, pictures, store
 from .measures import COLUMNS, Column, Estimate, Statistic
 from .train import Stopped, TrainError
 from .trials import (
@@ -68,7 +68,7 @@ def measure_costs(evaluation: Evaluation) -> dict[str, dict]:
     tuners = {BASE: None} | {name: asdict(config) for name, config in evaluation.methods.items()}
     with tempfile.TemporaryDirectory() as work, patch.dict(os.environ):
         os.environ.pop("OMP_NUM_THREADS", None)  # meant for several processes at once
-        job = bench.Job(
+        job = contestants.Job(
             "draw", BASE, settings.base, str(TASKS.get(settings.tasks[0], settings.tasks[0])), work,
             evaluation.resolution, settings.batch_size, evaluation.precision or "no",
             repeat=min(3, settings.steps), draw_steps=settings.drawing_steps,
