@@ -86,10 +86,10 @@ def _outer(function):
         return numba.njit(parallel=True, nogil=True, **_HOW)(function)
 
 
-_one = np.float32
-_LOG2_E, _LOG_2, _LEAST, _HALF, _SAFE = (_one(n) for n in (math.log2(math.e), math.log(2), -126, 0.5, 30))
+_fp32 = np.float32
+_LOG2_E, _LOG_2, _LEAST, _HALF, _SAFE = (_fp32(n) for n in (math.log2(math.e), math.log(2), -126, 0.5, 30))
 # 2**x from -0.5 to 0.5: the Taylor series, whose next term is below half a unit in the last place
-_C0, _C1, _C2, _C3, _C4, _C5, _C6 = (_one(math.log(2) ** n / math.factorial(n)) for n in range(7))
+_C0, _C1, _C2, _C3, _C4, _C5, _C6 = (_fp32(math.log(2) ** n / math.factorial(n)) for n in range(7))
 
 
 @intrinsic
@@ -114,9 +114,18 @@ def _exp2(x):
 
 @_inner
 def _dot(a, b):
-    total = _one(0)
+    total = _fp32(0)
     for j in range(len(a)):
         total += a[j] * b[j]
+    return total
+
+
+@_inner
+def _product(row, columns, j, rank):
+    """Of a row (rank,) and column j of (rank, N)."""
+    total = _fp32(0)
+    for r in range(rank):
+        total += row[r] * columns[r, j]
     return total
 
 
@@ -149,13 +158,13 @@ def _place(task, heads, count):
 def _forward(width, scale, q, k, v, result, sums):
     """Fills the result (B, H, N, R), and sums (B, H, N): log2 of each row's sum of exponentials."""
     batch, heads, count, _ = q.shape
-    keys, values, rank, scale = _columns(k, _one(1)), _columns(v, _one(1)), len(width), scale * _LOG2_E
+    keys, values, rank, scale = _columns(k, _fp32(1)), _columns(v, _fp32(1)), len(width), scale * _LOG2_E
     for task in numba.prange(batch * heads * _blocks(count)):
         b, h, first, last = _place(task, heads, count)
         kh, vh = keys[b, h], values[b, h]
-        qi, p, longest = np.empty(rank, np.float32), np.empty(kh.shape[1], np.float32), _one(0)
+        qi, p, longest = np.empty(rank, np.float32), np.empty(kh.shape[1], np.float32), _fp32(0)
         for j in range(len(p)):
-            length = _one(0)
+            length = _fp32(0)
             for r in range(rank):
                 length += kh[r, j] * kh[r, j]
             longest = max(longest, length)
@@ -164,18 +173,12 @@ def _forward(width, scale, q, k, v, result, sums):
                 qi[r] = q[b, h, i, r] * scale
             top = np.sqrt(_dot(qi, qi) * longest)  # no score is above it (Cauchy, Schwarz)
             if not top <= _SAFE:  # too far above them for exp2, maybe
-                top = -_one(np.inf)
+                top = -_fp32(np.inf)
                 for j in range(len(p)):
-                    score = _one(0)
-                    for r in range(rank):
-                        score += qi[r] * kh[r, j]
-                    top = max(top, score)
-            total = _one(0)
+                    top = max(top, _product(qi, kh, j, rank))
+            total = _fp32(0)
             for j in range(len(p)):
-                score = _one(0)
-                for r in range(rank):
-                    score += qi[r] * kh[r, j]
-                p[j] = _exp2(score - top)
+                p[j] = _exp2(_product(qi, kh, j, rank) - top)
                 total += p[j]
             for r in range(rank):
                 result[b, h, i, r] = _dot(p, vh[r]) / total
@@ -187,24 +190,20 @@ def _backward(width, scale, q, k, v, result, sums, gradient, of_q, of_k, of_v):
     """Fills the gradients of q, k and v from that of the result."""
     batch, heads, count, _ = q.shape
     to_log2, along, rank = scale * _LOG2_E, np.empty(sums.shape, np.float32), len(width)
-    queries, keys = _columns(q, to_log2), _columns(k, _one(1))
-    gradients, values = _columns(gradient, _one(1)), _columns(v, _one(1))
+    queries, keys = _columns(q, to_log2), _columns(k, _fp32(1))
+    gradients, values = _columns(gradient, _fp32(1)), _columns(v, _fp32(1))
     for task in numba.prange(batch * heads * _blocks(count)):
         b, h, first, last = _place(task, heads, count)
         kh, vh, of_score = keys[b, h], values[b, h], np.empty(k.shape[2], np.float32)
         qi, di = np.empty(rank, np.float32), np.empty(rank, np.float32)
         for i in range(first, last):
-            product, total = _one(0), sums[b, h, i]
+            product, total = _fp32(0), sums[b, h, i]
             for r in range(rank):
                 qi[r], di[r] = q[b, h, i, r] * to_log2, gradient[b, h, i, r]
                 product += di[r] * result[b, h, i, r]
             along[b, h, i] = product
             for j in range(len(of_score)):
-                score, of_p = _one(0), -product
-                for r in range(rank):
-                    score += qi[r] * kh[r, j]
-                    of_p += di[r] * vh[r, j]
-                of_score[j] = _exp2(score - total) * of_p
+                of_score[j] = _exp2(_product(qi, kh, j, rank) - total) * (_product(di, vh, j, rank) - product)
             for r in range(rank):
                 of_q[b, h, i, r] = _dot(of_score, kh[r]) * scale
     for task in numba.prange(batch * heads * _blocks(k.shape[2])):
@@ -216,12 +215,8 @@ def _backward(width, scale, q, k, v, result, sums, gradient, of_q, of_k, of_v):
             for r in range(rank):
                 kj[r], vj[r] = k[b, h, j, r], v[b, h, j, r]
             for i in range(count):
-                score, of_p = _one(0), -ah[i]
-                for r in range(rank):
-                    score += kj[r] * qh[r, i]
-                    of_p += vj[r] * dh[r, i]
-                p[i] = _exp2(score - sh[i])
-                of_score[i] = p[i] * of_p
+                p[i] = _exp2(_product(kj, qh, i, rank) - sh[i])
+                of_score[i] = p[i] * (_product(vj, dh, i, rank) - ah[i])
             for r in range(rank):
                 of_k[b, h, j, r] = _dot(of_score, qh[r]) * _LOG_2
                 of_v[b, h, j, r] = _dot(p, dh[r])

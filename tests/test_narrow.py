@@ -103,6 +103,21 @@ def test_other_precisions_come_back_as_they_came(dtype):
         assert (own - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+def test_the_scores_take_no_memory():
+    code = """if True:
+        import resource, torch
+        from sdtune import narrow
+        def peak(tokens):
+            q = torch.randn(1, tokens, 1, 4).transpose(1, 2).requires_grad_()
+            narrow.attention(q, q, q, 0.5).sum().backward()
+            return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak(512)  # compiles
+        print(peak(16384) - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert int(done.stdout) < 16384**2 * 4 / 16, done.stderr
+
+
 def test_it_works_where_nothing_can_be_kept_on_disk_and_without_openmp():
     code = """if True:
         import threading, torch

@@ -98,7 +98,7 @@ def test_a_tuner_has_4_dim_rank_heads_and_dim_parameters(dim, rank, num_heads):
     assert sum(p.numel() for p in tuner.parameters()) == 4 * dim * rank * num_heads + dim
 
 
-@pytest.mark.parametrize(("rank", "num_heads"), [(4, 4), (8, 8), (17, 2)])
+@pytest.mark.parametrize(("rank", "num_heads"), [(4, 4), (2, 4), (8, 4), (8, 8), (3, 5), (17, 2)])
 def test_the_scores_are_never_materialised_on_the_cpu(rank, num_heads):
     """No tensor of forward or backward comes near N x N; wide heads are left to PyTorch's fused kernel for the CPU."""
     tokens, largest, kernels = 4096, 0, set()
