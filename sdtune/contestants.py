@@ -26,6 +26,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from torch import nn
 
 from . import bases, data, drawing, launch, pipeline, train, trials
 from .config import TrainConfig
@@ -95,6 +96,14 @@ def prepare(job: Job) -> Contestant:
     return Contestant(train._Trainer(*job.trainer()).step)
 
 
+def _plain(model: nn.Module) -> nn.Module:
+    """A model of a base as diffusers loads it."""
+    for module in model.modules():
+        if type(module) is bases.Convolution:
+            module.__class__ = nn.Conv2d
+    return model
+
+
 def _reference(job: Job) -> Contestant:
     """diffusers' train_text_to_image_lora.py, as it is documented and behaves with its default flags and flipping.
 
@@ -109,7 +118,7 @@ def _reference(job: Job) -> Contestant:
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     for frozen in (pipe.vae, pipe.text_encoder, pipe.unet):
         frozen.requires_grad_(False).to(accelerator.device, DTYPES[job.precision])
-    unet, vae = pipe.unet, pipe.vae
+    unet, vae = _plain(pipe.unet), _plain(pipe.vae)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=PROJECTIONS))
     if job.precision == "fp16":
         cast_training_params(unet, dtype=torch.float32)
@@ -166,7 +175,7 @@ def _floor(job: Job) -> Contestant:
     """
     launch.keep_freed_memory()  # as our trainer does, or the floor would lie above it
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[job.precision]
-    unet = bases.load_base(job.base).unet.requires_grad_(False).to(device, dtype).train()
+    unet = _plain(bases.load_base(job.base).unet).requires_grad_(False).to(device, dtype).train()
     first = next(module for name, module in unet.named_modules() if name.endswith(".attn1"))
     first.register_forward_hook(lambda module, args, output: output.requires_grad_())
     side, width = job.resolution // 8, unet.config.cross_attention_dim
