@@ -76,12 +76,20 @@ class Convolution(nn.Conv2d):
     )  # fmt: skip
 
     def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.device.type == "cpu":
+        if self.is_quick(x, weight, bias):
             from . import winograd  # imports Numba, which is needed on a CPU only
 
-            if winograd.suits(x, weight, bias):
-                return winograd.convolution(x, weight, bias)
+            return winograd.convolution(x, weight, bias)
         return super()._conv_forward(x, weight, bias)
+
+    @staticmethod
+    def is_quick(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether `winograd` computes it, which keeps no x for the gradient."""
+        if x.device.type != "cpu":
+            return False
+        from . import winograd
+
+        return winograd.suits(x, weight, bias)
 
 
 def native_resolution(base: str | Path) -> int:

@@ -15,6 +15,8 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from .bases import Convolution
+
 LEAST = 2**19  # bytes of a tensor that is worth not keeping: the time that it costs depends little on the size
 
 
@@ -70,8 +72,9 @@ class _Again:
 
 def _convolve(conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`nn.Conv2d._conv_forward`, keeping x only for a gradient of the weights."""
-    if weight.requires_grad or not x.requires_grad or x.nbytes < LEAST:
-        return nn.Conv2d._conv_forward(conv, x, weight, bias)
+    light = isinstance(conv, Convolution) and conv.is_quick(x, weight, bias)
+    if light or weight.requires_grad or not x.requires_grad or x.nbytes < LEAST:
+        return type(conv)._conv_forward(conv, x, weight, bias)
     return _FrozenConvolution.apply(x, weight, bias, conv)
 
 

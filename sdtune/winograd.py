@@ -17,7 +17,7 @@ from .loops import available, call, fp32, inner, outer, own_share, part, share
 
 TILES = 32  # for fewer, transforming the weights costs more than it saves
 CHANNELS = 32  # for fewer, transforming the input does
-_MOST_V, _MOST_U = 2**23, 2**24  # numbers of the transformed input and weights at a time
+_MOST_V, _MOST_U = 2**23, 2**23  # numbers of the transformed input and weights at a time
 
 
 def suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
