@@ -9,8 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import CLIPTokenizer
+
+from .frozen import quicken
 
 TINY_SD = Path(__file__).parent.parent / "assets" / "tiny-sd"
 CONFIGS = Path(__file__).parent / "configs"  # for single files: the components of sd15 and sd21, and their tokenizer
@@ -32,7 +33,7 @@ class BaseError(ValueError):
 def load_base(base: str | Path = "tiny-sd", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """Loads a text-to-image Stable Diffusion 1.x or 2.x pipeline on the CPU, without a safety checker.
 
-    Its convolutions are `Convolution`s, where they can be.
+    Its UNet and VAE are quickened (see `frozen`).
 
     Args:
         base: "tiny-sd" (the small base in assets/), a folder in diffusers layout, a single .safetensors
@@ -61,35 +62,9 @@ def load_base(base: str | Path = "tiny-sd", dtype: torch.dtype = torch.float32) 
     else:
         pipe = _from_folder(path, dtype)
     pipe.set_progress_bar_config(disable=True)
-    for model in (pipe.unet, pipe.vae):
-        for module in model.modules():
-            if type(module) is nn.Conv2d and all(getattr(module, k) == v for k, v in Convolution.SETTINGS.items()):
-                module.__class__ = Convolution
+    quicken(pipe.unet)
+    quicken(pipe.vae)
     return pipe
-
-
-class Convolution(nn.Conv2d):
-    """A 3x3 convolution that computes less on a CPU, in fp32, while it is frozen: see `winograd`."""
-
-    SETTINGS = dict(
-        kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros"
-    )  # fmt: skip
-
-    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.is_quick(x, weight, bias):
-            from . import winograd  # imports Numba, which is needed on a CPU only
-
-            return winograd.convolution(x, weight, bias)
-        return super()._conv_forward(x, weight, bias)
-
-    @staticmethod
-    def is_quick(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        """Whether `winograd` computes it, which keeps no x for the gradient."""
-        if x.device.type != "cpu":
-            return False
-        from . import winograd
-
-        return winograd.suits(x, weight, bias)
 
 
 def native_resolution(base: str | Path) -> int:

@@ -1,7 +1,8 @@
 """Speed and memory, measured side by side in one run: `python -m sdtune.bench --help`.
 
 A training step of diffusers' train_text_to_image_lora.py, of our trainer with Res-Attn and with LoRA, and of the frozen
-UNet alone, the floor; a picture of the base, with a Res-Attn, with a LoRA of equal parameters as it is and fused. The
+UNet alone, the floor; a picture of the base as diffusers and as we load it, with a Res-Attn, with a LoRA of equal
+parameters as it is and fused. The
 contestants alternate, each in a process of its own, so the ratios hold on a machine whose speed wanders, and nobody
 profits from what another one sets. What they do is in `contestants`.
 """

@@ -1,8 +1,8 @@
 """What `bench` measures: contestants that train or draw, each brought to the brink of its first unit of work.
 
 In training: what diffusers' examples/text_to_image/train_text_to_image_lora.py does per step, our trainer with any
-tuner, and the floor, the frozen UNet alone. In drawing: the base, any tuner, a LoRA of equal parameters as it is and
-fused.
+tuner, and the floor, the frozen UNet alone. In drawing: the base as diffusers and as we load it, any tuner, a LoRA of
+equal parameters as it is and fused.
 
 This file trains nothing itself: ours are `train._Trainer.step` and `drawing.draw_cells`.
 """
@@ -26,17 +26,18 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from torch import nn
 
-from . import bases, data, drawing, launch, pipeline, train, trials
+from . import bases, data, drawing, frozen, launch, pipeline, train, trials
 from .config import TrainConfig
 from .tuners import TunerConfig
 
-REFERENCE, RES_ATTN, LORA, FLOOR, BASE, FUSED = "reference", "res_attn", "lora", "floor", "base", "lora_fused"
+REFERENCE, RES_ATTN, LORA, FLOOR = "reference", "res_attn", "lora", "floor"
+PLAIN, BASE, FUSED = "plain", "base", "lora_fused"
 CONTESTANTS = {
     "train": {REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn", LORA: "sdtune, LoRA r 4",
               FLOOR: "floor: frozen UNet"},
-    "draw": {BASE: "base", RES_ATTN: "base + Res-Attn", LORA: "base + LoRA", FUSED: "base + LoRA, fused"},
+    "draw": {PLAIN: "base as diffusers loads it", BASE: "base", RES_ATTN: "base + Res-Attn", LORA: "base + LoRA",
+             FUSED: "base + LoRA, fused"},
 }  # fmt: skip
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 PROJECTIONS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -96,14 +97,6 @@ def prepare(job: Job) -> Contestant:
     return Contestant(train._Trainer(*job.trainer()).step)
 
 
-def _plain(model: nn.Module) -> nn.Module:
-    """A model of a base as diffusers loads it."""
-    for module in model.modules():
-        if type(module) is bases.Convolution:
-            module.__class__ = nn.Conv2d
-    return model
-
-
 def _reference(job: Job) -> Contestant:
     """diffusers' train_text_to_image_lora.py, as it is documented and behaves with its default flags and flipping.
 
@@ -116,9 +109,9 @@ def _reference(job: Job) -> Contestant:
     pairs, _ = data.read_splits(job.data, job.resolution, lambda line: None)
     pipe = bases.load_base(job.base)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    for frozen in (pipe.vae, pipe.text_encoder, pipe.unet):
-        frozen.requires_grad_(False).to(accelerator.device, DTYPES[job.precision])
-    unet, vae = _plain(pipe.unet), _plain(pipe.vae)
+    unet, vae = frozen.plain(pipe.unet), frozen.plain(pipe.vae)
+    for model in (vae, pipe.text_encoder, unet):
+        model.requires_grad_(False).to(accelerator.device, DTYPES[job.precision])
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=PROJECTIONS))
     if job.precision == "fp16":
         cast_training_params(unet, dtype=torch.float32)
@@ -175,7 +168,7 @@ def _floor(job: Job) -> Contestant:
     """
     launch.keep_freed_memory()  # as our trainer does, or the floor would lie above it
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[job.precision]
-    unet = _plain(bases.load_base(job.base).unet).requires_grad_(False).to(device, dtype).train()
+    unet = frozen.plain(bases.load_base(job.base).unet).requires_grad_(False).to(device, dtype).train()
     first = next(module for name, module in unet.named_modules() if name.endswith(".attn1"))
     first.register_forward_hook(lambda module, args, output: output.requires_grad_())
     side, width = job.resolution // 8, unet.config.cross_attention_dim
@@ -195,12 +188,14 @@ def _drawing(job: Job) -> Contestant:
     unet = pipe.unet.requires_grad_(False)
     if job.tuner or job.who == RES_ATTN:
         pipeline.add_tuner(pipe, TunerConfig(**job.tuner or {}))
+    elif job.who == PLAIN:
+        frozen.plain(unet), frozen.plain(pipe.vae)
     elif job.who != BASE:
         pipeline.add_tuner(pipe, trials.methods(unet)["lora"])  # of equal parameters
     if job.who == FUSED:
         unet.fuse_lora()
         unet.unload_lora()
     unet.eval()
-    adapters = {} if job.who in (BASE, FUSED) else {"tuner_0": 1.0}
+    adapters = {} if job.who in (PLAIN, BASE, FUSED) else {"tuner_0": 1.0}
     cells = [drawing.Cell(PROMPT, seed, adapters) for seed in range(job.batch)]
     return Contestant(partial(drawing.draw_cells, pipe, cells, steps=job.draw_steps, size=job.resolution))

@@ -15,7 +15,7 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .bases import Convolution
+from .frozen import Convolution
 
 LEAST = 2**19  # bytes of a tensor that is worth not keeping: the time that it costs depends little on the size
 

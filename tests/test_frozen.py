@@ -1,0 +1,104 @@
+"""That a base's frozen layers are the same layers, and take the quicker way where they should and nowhere else."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from sdtune import bases, frozen, winograd
+
+KINDS = {
+    frozen.Convolution: lambda: nn.Conv2d(32, 40, 3, padding=1),
+    frozen.Linear: lambda: nn.Linear(24, 40),
+}
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
+def kind(request, monkeypatch):
+    monkeypatch.setattr(frozen, "_on_amd", lambda: True)
+    return request.param
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """A list that grows by one with each layer that takes the quicker way."""
+    made, convolution, multiply = [], winograd.convolution, frozen._OneDNN.apply
+    monkeypatch.setattr(winograd, "convolution", lambda *args: made.append(args) or convolution(*args))
+    monkeypatch.setattr(frozen._OneDNN, "apply", lambda *args: made.append(args) or multiply(*args))
+    return made
+
+
+def layer(kind) -> nn.Module:
+    torch.manual_seed(0)
+    return frozen.quicken(KINDS[kind]()).requires_grad_(False)
+
+
+def given(seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 32, 24, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_gives_what_the_plain_layer_gives_gradient_included(kind, calls):
+    quick = layer(kind)
+    assert type(quick) is kind
+    found = []
+    for one in (quick, frozen.plain(copy.deepcopy(quick))):
+        x = given().requires_grad_()
+        result = one(x)
+        found.append([result.detach(), *torch.autograd.grad(result.square().sum(), x)])
+    assert len(calls) == 1
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max()) for a, b in zip(*found))
+
+
+def test_trained_weights_get_their_gradients(kind, calls):
+    for name in ("weight", "bias"):
+        trained = layer(kind)
+        getattr(trained, name).requires_grad_()
+        trained(given()).sum().backward()
+        assert getattr(trained, name).grad.any()
+    assert not calls
+
+
+def test_other_precisions_and_layouts_are_left_as_they_are(kind, calls):
+    assert layer(kind).double()(given().double()).dtype == torch.float64
+    assert layer(kind).bfloat16()(given().bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(kind)(given()).dtype == torch.bfloat16
+    channels_last = given().contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(layer(kind)(channels_last), frozen.plain(layer(kind))(given()), atol=1e-5)
+    assert layer(kind).to("meta")(given().to("meta")).device.type == "meta"
+    assert not calls
+
+
+def test_convolutions_that_are_no_whole_tiles_and_few_rows_are_left_as_they_are(calls, monkeypatch):
+    monkeypatch.setattr(frozen, "_on_amd", lambda: True)
+    assert layer(frozen.Convolution)(given()[:, :, :22]).shape == (2, 40, 22, 24)
+    assert layer(frozen.Convolution)(given()[0]).shape == (40, 24, 24)
+    assert layer(frozen.Linear)(given()[0, 0, :2]).shape == (2, 40)
+    assert not calls
+
+
+def test_other_convolutions_stay_what_they_are():
+    for settings in (dict(kernel_size=1), dict(kernel_size=3), dict(kernel_size=3, padding=1, stride=2)):
+        assert type(frozen.quicken(nn.Conv2d(32, 32, **settings))) is nn.Conv2d
+
+
+def test_a_recorded_layer_still_reads_its_input(kind):
+    recorded = torch.jit.trace(layer(kind), given())
+    assert torch.allclose(recorded(given(1)), layer(kind)(given(1)), atol=1e-5)
+
+
+def test_a_base_draws_as_diffusers_draws_it_and_is_saved_as_it_was(calls, tmp_path):
+    ours, theirs = bases.load_base("tiny-sd"), StableDiffusionPipeline.from_pretrained(bases.TINY_SD)
+    theirs.set_progress_bar_config(disable=True)
+    settings = dict(prompt="a red house", num_inference_steps=2, output_type="np")
+    drawn = [p(**settings, generator=torch.Generator().manual_seed(0)).images for p in (theirs, ours)]
+    assert calls and abs(drawn[0] - drawn[1]).max() < 1e-3
+    for name in ("unet", "vae"):
+        own, other = (getattr(pipe, name) for pipe in (ours, theirs))
+        quickened = {frozen.Convolution, frozen.Linear} & {type(module) for module in own.modules()}
+        assert len(quickened) == (2 if name == "unet" else 1)
+        copy.deepcopy(own).save_pretrained(tmp_path / name)
+        again = type(other).from_pretrained(tmp_path / name)
+        assert all(map(torch.equal, again.state_dict().values(), other.state_dict().values()))
