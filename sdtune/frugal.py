@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .frozen import Convolution
 
-LEAST = 2**19  # bytes of a tensor that is worth not keeping: the time that it costs depends little on the size
+LEAST = 2**20  # bytes of a tensor that is worth not keeping: the time that it costs depends little on the size
 
 
 class Frugal(saved_tensors_hooks):
