@@ -6,6 +6,7 @@ Nowhere else anything changes: not on a GPU, in other precisions, where weights 
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from llvmlite import binding
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -38,27 +39,47 @@ def _is_frozen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 
 class Convolution(nn.Conv2d):
-    """A 3x3 convolution that `winograd` computes where it can."""
+    """A 3x3 convolution: on few pixels with many weights one product, on many pixels what `winograd` does."""
 
     SETTINGS = dict(
         kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros"
     )  # fmt: skip
+    FEW, MANY = 64, 2**20  # pixels of all pictures together, and weights
 
     def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.is_quick(x, weight, bias):
-            from . import winograd
+        compute = self.quicker(x, weight, bias) or super()._conv_forward
+        return compute(x, weight, bias)
 
-            return winograd.convolution(x, weight, bias)
-        return super()._conv_forward(x, weight, bias)
-
-    @staticmethod
-    def is_quick(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        """Whether `winograd` computes it, which keeps no x for the gradient."""
-        if not _is_frozen(x, weight, bias):
-            return False
+    @classmethod
+    def quicker(cls, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+        """What computes it sooner than PyTorch, and keeps no x for the gradient; None where nothing does."""
+        if not _is_frozen(x, weight, bias) or x.dim() != 4:
+            return None
+        if x[:, 0].numel() <= cls.FEW and weight.numel() >= cls.MANY and _on_amd():
+            return _OneProduct.apply
         from . import winograd  # imports Numba, which is needed here only
 
-        return winograd.suits(x, weight)
+        return winograd.convolution if winograd.suits(x, weight) else None
+
+
+class _OneProduct(torch.autograd.Function):
+    """The weights as they lie times what surrounds each pixel; PyTorch's convolution rearranges the weights first."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        surroundings = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)  # (9 C, B H W)
+        result = _multiply(weight.flatten(1), surroundings.mT, None)
+        result = result.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1)
+        return (result if bias is None else result + bias[:, None, None]).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        rows = gradient.flatten(2).mT.flatten(0, 1)  # (B H W, K)
+        of_surroundings = _multiply(rows, ctx.saved_tensors[0].flatten(1).mT, None)
+        of_surroundings = of_surroundings.unflatten(0, (len(gradient), -1)).mT
+        return F.fold(of_surroundings, gradient.shape[2:], 3, padding=1), None, None
 
 
 class Linear(nn.Linear):

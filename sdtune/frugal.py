@@ -72,7 +72,7 @@ class _Again:
 
 def _convolve(conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`nn.Conv2d._conv_forward`, keeping x only for a gradient of the weights."""
-    light = isinstance(conv, Convolution) and conv.is_quick(x, weight, bias)
+    light = isinstance(conv, Convolution) and conv.quicker(x, weight, bias)
     if light or weight.requires_grad or not x.requires_grad or x.nbytes < LEAST:
         return type(conv)._conv_forward(conv, x, weight, bias)
     return _FrozenConvolution.apply(x, weight, bias, conv)

@@ -12,7 +12,7 @@ from sdtune import bases, frozen, winograd
 KINDS = {
     frozen.Convolution: lambda: nn.Conv2d(32, 40, 3, padding=1),
     frozen.Linear: lambda: nn.Linear(24, 40),
-}
+}  # for `given`
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -24,9 +24,15 @@ def kind(request, monkeypatch):
 @pytest.fixture
 def calls(monkeypatch) -> list:
     """A list that grows by one with each layer that takes the quicker way."""
-    made, convolution, multiply = [], winograd.convolution, frozen._OneDNN.apply
-    monkeypatch.setattr(winograd, "convolution", lambda *args: made.append(args) or convolution(*args))
-    monkeypatch.setattr(frozen._OneDNN, "apply", lambda *args: made.append(args) or multiply(*args))
+    made = []
+
+    def note(place, name: str) -> None:
+        quicker = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args: made.append(quicker) or quicker(*args))
+
+    note(winograd, "convolution")
+    note(frozen._OneDNN, "apply")
+    note(frozen._OneProduct, "apply")
     return made
 
 
@@ -47,6 +53,23 @@ def test_it_gives_what_the_plain_layer_gives_gradient_included(kind, calls):
         x = given().requires_grad_()
         result = one(x)
         found.append([result.detach(), *torch.autograd.grad(result.square().sum(), x)])
+    assert len(calls) == 1
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max()) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize(
+    "batch, height, width, bias", [(1, 4, 16, True), (2, 8, 4, False), (3, 3, 5, True), (1, 1, 1, True)]
+)
+def test_few_pixels_and_many_weights_are_one_product(batch, height, width, bias, calls, monkeypatch):
+    monkeypatch.setattr(frozen, "_on_amd", lambda: True)
+    monkeypatch.setattr(frozen.Convolution, "MANY", 1000)
+    quick = frozen.quicken(nn.Conv2d(40, 30, 3, padding=1, bias=bias)).requires_grad_(False)
+    x = torch.randn(batch, 40, height, width, requires_grad=True)
+    aim, found = torch.randn(batch, 30, height, width), []
+    for one in (quick, frozen.plain(copy.deepcopy(quick))):
+        result = one(x)
+        assert result.is_contiguous()
+        found.append([result.detach(), *torch.autograd.grad(result, x, aim)])
     assert len(calls) == 1
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max()) for a, b in zip(*found))
 
