@@ -2,9 +2,8 @@
 
 A training step of diffusers' train_text_to_image_lora.py, of our trainer with Res-Attn and with LoRA, and of the frozen
 UNet alone, the floor; a picture of the base as diffusers and as we load it, with a Res-Attn, with a LoRA of equal
-parameters as it is and fused. The
-contestants alternate, each in a process of its own, so the ratios hold on a machine whose speed wanders, and nobody
-profits from what another one sets. What they do is in `contestants`.
+parameters as it is and fused. The contestants alternate, each in a process of its own, so the ratios hold on a machine
+whose speed wanders, and nobody profits from what another one sets. What they do is in `contestants`.
 """
 
 import argparse
@@ -248,7 +247,7 @@ def measure_memory(job: Job, options) -> list[dict]:
     job = replace(job, part="train", default_previews=True)
     jobs = [replace(job, who=name, batch=batch) for batch in options.batch for name in CONTESTANTS["train"]]
     jobs += [replace(job, who=RES_ATTN, checkpointing=True)]
-    jobs += [replace(job, part="draw", who=name) for name in CONTESTANTS["draw"]]
+    jobs += [replace(job, part="draw", who=name, repeat=1) for name in CONTESTANTS["draw"]]  # pictures take long
     rows = []
     for one, found in ((one, alone(one)) for one in jobs):
         row = {"what": one.part, "batch": one.batch, "contestant": one.label, "error": found.get("error")}
