@@ -34,8 +34,12 @@ def _is_frozen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     """Whether a layer of these computes in fp32 on a CPU and its weights get no gradient."""
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias is not None and bias.requires_grad)
     in_fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return x.device.type == "cpu" and in_fp32 and x.is_contiguous() and not trained and not recorded
+    return x.device.type == "cpu" and in_fp32 and x.is_contiguous() and not trained and not recorded()
+
+
+def recorded() -> bool:
+    """Whether PyTorch's operations are being recorded, where what is not one of them would be lost."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 class Convolution(nn.Conv2d):

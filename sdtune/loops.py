@@ -16,6 +16,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .frozen import recorded
+
 fp32 = np.float32
 # Sums may be reordered, or they would not be vectorised; but nan and inf stay what they are.
 _HOW = dict(fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
@@ -62,42 +64,46 @@ except (AttributeError, OSError, TypeError):  # another OpenMP, or none
 
 
 def available() -> bool:
-    """Whether loops can be shared, and calls of them would not be lost on one who records PyTorch's operations."""
-    return _found and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+    """Whether loops can be shared, and calls of them would not be lost."""
+    return _found and not recorded()
 
 
 @intrinsic
 def share(typing, function, threads, arguments):
-    """Calls what `part` gave in each thread: function(number of the thread, how many there are, *arguments)."""
+    """Calls what `part` gave in each thread: function(number of the thread, how many there are, *arguments).
+
+    Raises:
+        MemoryError: if a thread raised, which in loops like these only an allocation does.
+    """
 
     def code(context, builder, signature, values):
         taken = types.void(types.intp, types.intp, *arguments.types)
         compiled = function.dispatcher.get_compile_result(taken)
         context.active_code_library.add_linking_library(compiled.library)
-        number, nothing, address = ir.IntType(32), ir.VoidType(), cgutils.voidptr_t
+        module, number, address = builder.module, ir.IntType(32), cgutils.voidptr_t
 
-        own = cgutils.alloca_once_value(builder, values[2])
-        in_thread = ir.Function(
-            builder.module, ir.FunctionType(nothing, [address]), builder.module.get_unique_name("in_thread")
-        )
+        def external(name: str, result, *takes):
+            return cgutils.get_or_insert_function(module, ir.FunctionType(result, takes), name)
+
+        given = cgutils.alloca_once_value(builder, cgutils.make_anonymous_struct(builder, [values[2], number(0)]))
+
+        in_thread = ir.Function(module, ir.FunctionType(ir.VoidType(), [address]), module.get_unique_name("in_thread"))
         in_thread.linkage = "internal"
         inside = ir.IRBuilder(in_thread.append_basic_block())
-        given = inside.load(inside.bitcast(in_thread.args[0], own.type))
+        seen = inside.bitcast(in_thread.args[0], given.type)
         whole = context.get_value_type(types.intp)
-        found = [
-            inside.sext(inside.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, []), n), []),
-                        whole)
-            for n in _NAMES[1:]
-        ]  # fmt: skip
-        context.call_internal_no_propagate(
-            inside, compiled.fndesc, taken, [*found, *cgutils.unpack_tuple(inside, given)]
-        )
+        place = [inside.sext(inside.call(external(name, number), []), whole) for name in _NAMES[1:]]
+        passed = cgutils.unpack_tuple(inside, inside.load(cgutils.gep_inbounds(inside, seen, 0, 0)))
+        status, _ = context.call_internal_no_propagate(inside, compiled.fndesc, taken, [*place, *passed])
+        with cgutils.if_unlikely(inside, status.is_error):
+            inside.store(number(1), cgutils.gep_inbounds(inside, seen, 0, 1))
         inside.ret_void()
 
-        fork = ir.FunctionType(nothing, [in_thread.type, address, number, number])
-        fork = cgutils.get_or_insert_function(builder.module, fork, _NAMES[0])
-        count = builder.trunc(values[1], number)
-        builder.call(fork, [in_thread, builder.bitcast(own, address), count, number(0)])
+        fork = external(_NAMES[0], ir.VoidType(), in_thread.type, address, number, number)
+        builder.call(fork, [in_thread, builder.bitcast(given, address), builder.trunc(values[1], number), number(0)])
+        failed = builder.load(cgutils.gep_inbounds(builder, given, 0, 1))
+        with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, failed)):
+            context.call_conv.return_user_exc(builder, MemoryError, ("a thread could not allocate memory",))
         return context.get_dummy_value()
 
     return types.void(function, threads, arguments), code

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from sdtune import bases, frozen, winograd
+from sdtune import bases, frozen, loops, winograd
 
 KINDS = {
     frozen.Convolution: lambda: nn.Conv2d(32, 40, 3, padding=1),
@@ -99,6 +99,13 @@ def test_convolutions_that_are_no_whole_tiles_and_few_rows_are_left_as_they_are(
     assert layer(frozen.Convolution)(given()[:, :, :22]).shape == (2, 40, 22, 24)
     assert layer(frozen.Convolution)(given()[0]).shape == (40, 24, 24)
     assert layer(frozen.Linear)(given()[0, 0, :2]).shape == (2, 40)
+    assert not calls
+
+
+def test_without_pytorch_s_threads_and_off_amd_everything_is_left_as_it_is(kind, calls, monkeypatch):
+    monkeypatch.setattr(loops, "_found", False)
+    monkeypatch.setattr(frozen, "_on_amd", lambda: False)
+    assert torch.equal(layer(kind)(given()), frozen.plain(layer(kind))(given()))
     assert not calls
 
 
