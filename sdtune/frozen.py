@@ -81,8 +81,7 @@ class _OneProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         rows = gradient.flatten(2).mT.flatten(0, 1)  # (B H W, K)
-        of_surroundings = _multiply(rows, ctx.saved_tensors[0].flatten(1).mT, None)
-        of_surroundings = of_surroundings.unflatten(0, (len(gradient), -1)).mT
+        of_surroundings = _multiply_back(rows, ctx.saved_tensors[0].flatten(1)).unflatten(0, (len(gradient), -1)).mT
         return F.fold(of_surroundings, gradient.shape[2:], 3, padding=1), None, None
 
 
@@ -95,6 +94,9 @@ class Linear(nn.Linear):
         if x.numel() >= self.ROWS * self.in_features and _is_frozen(x, self.weight, self.bias) and _on_amd():
             return _OneDNN.apply(x, self.weight, self.bias)
         return super().forward(x)
+
+
+_FEW_ROWS = 512  # MKL is quicker at many rows times few
 
 
 @cache
@@ -111,7 +113,15 @@ class _OneDNN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return _multiply(gradient, ctx.saved_tensors[0].mT, None), None, None
+        rows = gradient.flatten(0, -2)
+        return _multiply_back(rows, ctx.saved_tensors[0]).unflatten(0, gradient.shape[:-1]), None, None
+
+
+def _multiply_back(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """rows @ weight, for rows of a gradient: by oneDNN, or by MKL where that has vectors as wide."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return _multiply(rows, weight.mT, None)
+    return (weight.mT @ rows.mT).mT if len(rows) < _FEW_ROWS else rows @ weight
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -22,6 +22,7 @@ fp32 = np.float32
 # Sums may be reordered, or they would not be vectorised; but nan and inf stay what they are.
 _HOW = dict(fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
 inner = numba.njit(**_HOW)  # decorates what the others call
+in_order = numba.njit(**_HOW | dict(fastmath={"contract"}))  # as `inner`, and its sums are not reordered
 part = numba.njit(nogil=True, **_HOW)  # decorates f(part, parts, *arguments), which `share` calls
 
 
