@@ -9,9 +9,7 @@ Every flag is a field of `sdtune.TunerConfig` or `sdtune.TrainConfig`; `--help` 
 import os
 import sys
 
-from transformers.hf_argparser import HfArgumentParser
-
-from sdtune import TrainConfig, TunerConfig, launch
+from sdtune import launch
 
 LOAD = """
 from sdtune import load_base, load_tuner
@@ -25,6 +23,11 @@ def main() -> int:
     if count > 1:
         launch.replace_by(count, [__file__], sys.argv[1:])
 
+    # what takes time is imported only when it is clear that this process stays, and when it is needed
+    from transformers.hf_argparser import HfArgumentParser
+
+    from sdtune import TrainConfig, TunerConfig
+
     parser = HfArgumentParser((TunerConfig, TrainConfig), description=__doc__.split("\n")[0])
     try:
         tuner, config = parser.parse_args_into_dataclasses()
@@ -32,8 +35,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    # only now, since both take seconds; what they say while loading (no torchvision, casts, a bar per file) hides
-    # what this script says
+    # what these say while loading (no torchvision, casts, a bar per file) hides what this script says
     import diffusers
     import torch
     import transformers
@@ -67,4 +69,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    launch.restart_with_calm_heap()
     sys.exit(main())

@@ -34,7 +34,7 @@ import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import bases, data, drawing, store, train
+from . import bases, data, drawing, launch, store, train
 from .contestants import BASE, CONTESTANTS, FLOOR, LORA, REFERENCE, RES_ATTN, Job, prepare
 
 ONCE = ("imports", "base", "reading", "encoding", "previews")  # the parts of a start-up, in seconds
@@ -76,6 +76,12 @@ def _command(spec: dict, processes: int = 1) -> list[str]:
     return [sys.executable, *many, "-m", "sdtune.bench", "--child", json.dumps(spec)]
 
 
+def _environment(job: Job) -> dict[str, str]:
+    """Of a contestant's process: that of train_anime.py for what trains with us; the floor must not lie above it."""
+    ours = job.part != "draw" and job.who != REFERENCE
+    return os.environ | (launch.calm_heap() if ours else {})
+
+
 class _Process:
     """A contestant in a process of its own that rests between its turns."""
 
@@ -84,7 +90,9 @@ class _Process:
         self.label, self.words, pipe = job.label, Path(tempfile.mkdtemp(dir=job.work)) / "words.txt", subprocess.PIPE
         command = _command({"job": asdict(job)})
         with self.words.open("w") as words:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=words, text=True, bufsize=1)
+            self.process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=words, text=True, bufsize=1, env=_environment(job)
+            )
 
     def __enter__(self):
         self._answer()
@@ -176,8 +184,9 @@ def alone(job: Job, processes: int = 1) -> dict:
     job = replace(job, work=str(result.parent))  # an output folder of its own
     spec = {"job": asdict(job), "result": str(result), "started": time.time()}
     done = subprocess.run(
-        _command(spec, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+        _command(spec, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        env=_environment(job),
+    )  # fmt: skip
     if result.exists():
         return json.loads(result.read_text())
     say(f"  failed with exit status {done.returncode}:\n{done.stdout[-2000:]}")

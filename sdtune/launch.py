@@ -8,7 +8,6 @@ import sys
 from contextlib import suppress
 
 import psutil
-import torch
 
 
 def processes_asked(name: str) -> int:
@@ -22,8 +21,11 @@ def processes_asked(name: str) -> int:
     parent = psutil.Process().parent()
     command = parent.cmdline() if parent else []
     names = [os.path.basename(part) for part in command]
-    launched = name in names and any("accelerate" in part for part in command)
-    if not launched or "WORLD_SIZE" in os.environ or torch.accelerator.is_available():
+    if name not in names or not any("accelerate" in part for part in command) or "WORLD_SIZE" in os.environ:
+        return 1
+    import torch
+
+    if torch.accelerator.is_available():
         return 1
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
@@ -36,11 +38,32 @@ def replace_by(count: int, target: list[str], arguments: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, *run, *arguments])
 
 
+def calm_heap() -> dict[str, str]:
+    """What to add to a process's environment for its heap to have less holes; empty with a GPU, or if it is there.
+
+    PyTorch aligns tensors, so glibc cuts each from a larger block. Small pieces are left over, which it caches apart
+    and gives to the next small object. While that lives, the place of the tensor, once free, is too small for another
+    one of its size. Without these caches a step needs a fifth to a quarter less memory and is not slower.
+    """
+    gpu = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+    if gpu or sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
+        return {}
+    return {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
+
+
+def restart_with_calm_heap() -> None:
+    """Starts this process anew in `calm_heap`, which only a start can set. To be called before all that takes time."""
+    if calm_heap():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | calm_heap())
+
+
 def keep_freed_memory() -> None:
     """Lets this process keep what it frees, for the next step; where there is no GPU, and the C library is glibc's.
 
     Large blocks would go back to the system at once, which clears them page by page when they are next needed.
     """
+    import torch
+
     if torch.accelerator.is_available():
         return
     mmap_max, trim_threshold, arena_max = -4, -1, -8  # the numbers of malloc.h

@@ -11,12 +11,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from transformers.hf_argparser import HfArgumentParser
 
 import sdtune
 from sdtune import data, store
+from sdtune.launch import calm_heap
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--batch_size", "2", "--preview_steps", "1", "--preview_every", "0", "--preview_prompts", "a girl"]
@@ -53,6 +55,19 @@ def test_a_launched_run_prints_where_things_are_and_three_lines_that_load_the_tu
     space = {}
     exec("\n".join(lines), space)
     assert space["pipe"].get_active_adapters() == ["mine"]
+
+
+def test_it_starts_anew_once_with_a_heap_of_fewer_holes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nfrom sdtune import launch\nlaunch.restart_with_calm_heap()\n"
+        "print(os.environ.get('GLIBC_TUNABLES'), launch.calm_heap(), sys.argv[1:], sys.flags.utf8_mode)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-X", "utf8", str(script), "two words", "--flag"]
+    output = subprocess.check_output(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, text=True)
+    wanted = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0" if calm_heap() else environment.get("GLIBC_TUNABLES")
+    assert output.strip() == f"{wanted} {{}} ['two words', '--flag'] 1"
 
 
 def test_two_processes_give_what_one_process_with_twice_the_batch_gives(tmp_path):
@@ -94,6 +109,8 @@ def test_kill_9_at_any_moment_leaves_whole_checkpoints_to_resume(tmp_path):
     out = tmp_path / "run"
     process = launch("--steps", "5000", "--checkpoint_every", "1", "--output", str(out), wait=False)
     wait_for(out / "checkpoints" / "step-*3", process)
+    (trainer,) = psutil.Process(process.pid).children()
+    assert calm_heap().items() <= trainer.environ().items()
     os.killpg(process.pid, signal.SIGKILL)  # while checkpoints are being written one after another
     process.communicate()
     whole = sorted((out / "checkpoints").glob("step-*"))
