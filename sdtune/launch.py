@@ -1,4 +1,4 @@
-"""What surrounds a run: signals that end it, and, where there is no GPU, several processes and the memory of one."""
+"""What surrounds a run: signals that end it, and, where there is no GPU, several processes and what they free."""
 
 import argparse
 import ctypes
@@ -39,7 +39,7 @@ def replace_by(count: int, target: list[str], arguments: list[str]) -> None:
 
 
 def calm_heap() -> dict[str, str]:
-    """What to add to a process's environment for its heap to have less holes; empty with a GPU, or if it is there.
+    """What to add to a process's environment for its heap to have fewer holes; empty with a GPU, or if set.
 
     PyTorch aligns tensors, so glibc cuts each from a larger block. Small pieces are left over, which it caches apart
     and gives to the next small object. While that lives, the place of the tensor, once free, is too small for another
