@@ -86,17 +86,14 @@ class _OneProduct(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """A linear layer that oneDNN computes on AMD's processors, where MKL, which PyTorch takes, is slower."""
+    """A linear layer whose result oneDNN computes on AMD's processors, where MKL, which PyTorch takes, is slower."""
 
     ROWS = 32  # with fewer, what surrounds the product takes longer than it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() >= self.ROWS * self.in_features and _is_frozen(x, self.weight, self.bias) and _on_amd():
-            return _OneDNN.apply(x, self.weight, self.bias)
+            return _FrozenLinear.apply(x, self.weight, self.bias)
         return super().forward(x)
-
-
-_FEW_ROWS = 512  # MKL is quicker at many rows times few
 
 
 @cache
@@ -104,7 +101,7 @@ def _on_amd() -> bool:
     return binding.get_host_cpu_name().startswith("znver") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class _OneDNN(torch.autograd.Function):
+class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
@@ -118,10 +115,10 @@ class _OneDNN(torch.autograd.Function):
 
 
 def _multiply_back(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """rows @ weight, for rows of a gradient: by oneDNN, or by MKL where that has vectors as wide."""
+    """rows @ weight, for rows of a gradient: by oneDNN, or by MKL where that is quicker, for want of AVX-512."""
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         return _multiply(rows, weight.mT, None)
-    return (weight.mT @ rows.mT).mT if len(rows) < _FEW_ROWS else rows @ weight
+    return rows @ weight if len(rows) >= 512 else (weight.mT @ rows.mT).mT  # MKL likes the larger one on the left
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

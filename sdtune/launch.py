@@ -45,7 +45,7 @@ def calm_heap() -> dict[str, str]:
     and gives to the next small object. While that lives, the place of the tensor, once free, is too small for another
     one of its size. Without these caches a step needs a fifth to a quarter less memory and is not slower.
     """
-    gpu = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+    gpu = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))  # NVIDIA's, AMD's, Windows's in WSL
     if gpu or sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
         return {}
     return {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}

@@ -37,6 +37,13 @@ def test_a_contestant_alone_in_a_process_tells_its_start_up_and_its_memory(tmp_p
     assert all(0 < found[name] < found["ready"] for name in ("imports", "base", "reading", "encoding"))
 
 
+def test_only_what_trains_with_us_and_the_floor_has_the_heap_of_train_anime(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.launch, "calm_heap", lambda: {"CALM": "1"})
+    calm = [(part, who) for part, names in bench.CONTESTANTS.items() for who in names
+            if "CALM" in bench._environment(job(tmp_path, part=part, who=who))]  # fmt: skip
+    assert calm == [("train", bench.RES_ATTN), ("train", bench.LORA), ("train", bench.FLOOR)]
+
+
 def test_any_tuner_can_be_measured_alone(tmp_path):
     tuner = {"kind": "dora", "ops": ["attn1"]}
     train, draw = (bench.alone(job(tmp_path, part=part, who="any", tuner=tuner)) for part in ("train", "draw"))

@@ -21,6 +21,12 @@ def kind(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=["AVX2", "AVX512"])
+def vectors(request, monkeypatch):
+    """The vectors that PyTorch finds, which decide who multiplies gradients; what is chosen works with either."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+
+
 @pytest.fixture
 def calls(monkeypatch) -> list:
     """A list that grows by one with each layer that takes the quicker way."""
@@ -31,7 +37,7 @@ def calls(monkeypatch) -> list:
         monkeypatch.setattr(place, name, lambda *args: made.append(quicker) or quicker(*args))
 
     note(winograd, "convolution")
-    note(frozen._OneDNN, "apply")
+    note(frozen._FrozenLinear, "apply")
     note(frozen._OneProduct, "apply")
     return made
 
@@ -57,10 +63,25 @@ def test_it_gives_what_the_plain_layer_gives_gradient_included(kind, calls):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max()) for a, b in zip(*found))
 
 
+@pytest.mark.parametrize("shape", [(64, 24), (2, 300, 24), (3, 7, 5, 24)])
+def test_a_linear_layer_takes_any_number_of_rows(shape, calls, vectors, monkeypatch):
+    monkeypatch.setattr(frozen, "_on_amd", lambda: True)
+    quick, x, aim, found = (
+        layer(frozen.Linear),
+        torch.randn(shape, requires_grad=True),
+        torch.randn(*shape[:-1], 40),
+        [],
+    )
+    for one in (quick, frozen.plain(copy.deepcopy(quick))):
+        found.append(torch.autograd.grad(one(x), x, aim)[0])
+    assert len(calls) == 1 and found[0].shape == shape
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-5 * found[1].abs().max())
+
+
 @pytest.mark.parametrize(
     "batch, height, width, bias", [(1, 4, 16, True), (2, 8, 4, False), (3, 3, 5, True), (1, 1, 1, True)]
 )
-def test_few_pixels_and_many_weights_are_one_product(batch, height, width, bias, calls, monkeypatch):
+def test_few_pixels_and_many_weights_are_one_product(batch, height, width, bias, calls, vectors, monkeypatch):
     monkeypatch.setattr(frozen, "_on_amd", lambda: True)
     monkeypatch.setattr(frozen.Convolution, "MANY", 1000)
     quick = frozen.quicken(nn.Conv2d(40, 30, 3, padding=1, bias=bias)).requires_grad_(False)
