@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -119,7 +119,7 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
             return None
         if self.tuners[name].calls_base:  # a LoRA in the base may expect the whole batch, too
             rows = torch.arange(len(x))
-        weights, rows = weights[rows].to(x.device), rows.to(x.device)
+        weights, rows = _placed(weights[rows], x.device), _placed(rows, x.device)
         part = self._tune(name, x[rows], None if text is None else text[rows])
         part = (part * _beside_samples(weights, part)).to(part.dtype)
         return part.new_zeros(len(x), *part.shape[1:]).index_copy(0, rows, part)
@@ -184,6 +184,16 @@ def _tiled(weights: torch.Tensor, batch: int) -> torch.Tensor:
     if batch % len(weights):
         raise ValueError(f"a batch of {batch} samples cannot hold {len(weights)} cells, each with its own weight")
     return weights.repeat(batch // len(weights))
+
+
+def _placed(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A few numbers on another device. The same ones are sent once: while a GPU's work is recorded, nothing can be."""
+    return _sent(tuple(numbers.tolist()), numbers.dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _sent(numbers: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _beside_samples(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -469,7 +479,7 @@ def _scale_samples(tensors: dict[str, torch.Tensor], layer, args: tuple) -> None
     """
     x, layer.plain_scaling = args[0], dict(layer.scaling)
     for name in tensors.keys() & layer.scaling.keys():
-        own = _tiled(tensors[name], len(x)).to(x.device)
+        own = _placed(_tiled(tensors[name], len(x)), x.device)
         layer.scaling[name] = layer.scaling[name] * _beside_samples(own, x)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from . import attach
+from . import attach, frozen, replay
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def draw_cells(
             on_step(done, total)
         return {}
 
+    for model in (pipe.unet, pipe.vae):
+        frozen.lay_out(model)
     silent = dict(getattr(pipe, "_progress_bar_config", {}))
     with bar, attach.left_as_it_was(*(m for m in (pipe.unet, pipe.text_encoder) if m is not None)):
         pipe.set_progress_bar_config(**silent | {"disable": True})
@@ -148,10 +150,11 @@ def _draw_group(pipe, cells: list[Cell], steps: int, side: int, count) -> list:
         generator=[torch.Generator("cpu").manual_seed(cell.seed) for cell in cells],
     )  # fmt: skip
     if len(set(map(_key, cells))) == 1:  # all alike, and already active
-        return pipe(**arguments).images
+        with replay.passes(pipe.unet):
+            return pipe(**arguments).images
     names = sorted({n for cell in cells for n in cell.adapters} & set(getattr(pipe.unet, "peft_config", None) or {}))
     weights = {n: [float(cell.adapters.get(n, 0.0)) for cell in cells] for n in names}
-    with attach.per_sample_weights(pipe.unet, weights, repeat=2 if guided else 1):
+    with attach.per_sample_weights(pipe.unet, weights, repeat=2 if guided else 1), replay.passes(pipe.unet):
         return pipe(**arguments).images
 
 

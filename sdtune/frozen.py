@@ -1,9 +1,12 @@
-"""Layers of frozen models that compute what they did, but for rounding, in less time; on a CPU, in fp32.
+"""Layers of frozen models that compute what they did, but for rounding, in less time.
 
-Nowhere else anything changes: not on a GPU, in other precisions, where weights are trained, or in what is saved.
+On a CPU in fp32 these are linear layers and convolutions; on a GPU in half precision norms of pictures that lie as
+`lay_out` lets them. Nowhere else anything changes: not in other precisions, where weights are trained, or in what is
+saved.
 """
 
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 
 def quicken(model: nn.Module) -> nn.Module:
-    """Turns a model's linear layers and 3x3 convolutions into those that are below; gives the model."""
+    """Turns a model's linear layers, 3x3 convolutions and group norms into those that are below; gives the model."""
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
+        if type(module) in (nn.Linear, nn.GroupNorm):
+            module.__class__ = Linear if type(module) is nn.Linear else GroupNorm
         elif type(module) is nn.Conv2d and all(getattr(module, k) == v for k, v in Convolution.SETTINGS.items()):
             module.__class__ = Convolution
     return model
@@ -25,9 +28,25 @@ def quicken(model: nn.Module) -> nn.Module:
 def plain(model: nn.Module) -> nn.Module:
     """Undoes `quicken`."""
     for module in model.modules():
-        if type(module) in (Linear, Convolution):
+        if type(module) in (Linear, Convolution, GroupNorm):
             module.__class__ = type(module).__base__
     return model
+
+
+def lay_out(model: nn.Module) -> nn.Module:
+    """On a GPU, in half precision: frozen convolutions get their weights, and so give their results, in channels_last.
+
+    The GPU's quickest convolutions want that; otherwise they rearrange weights and pictures at each call. A trained
+    weight keeps its place: others may hold it.
+    """
+    for module in model.modules():
+        weight = module.weight if isinstance(module, nn.Conv2d) else None
+        if weight is not None and weight.is_cuda and weight.dtype in HALF and not weight.requires_grad:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def _is_frozen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -94,6 +113,29 @@ class Linear(nn.Linear):
         if x.numel() >= self.ROWS * self.in_features and _is_frozen(x, self.weight, self.bias) and _on_amd():
             return _FrozenLinear.apply(x, self.weight, self.bias)
         return super().forward(x)
+
+
+class GroupNorm(nn.GroupNorm):
+    """A group norm that PyTorch computes in one order of a picture's numbers only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._quicker(x):
+            from . import norm  # imports Triton, which is not everywhere
+
+            return norm.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+    def _quicker(self, x: torch.Tensor) -> bool:
+        if not x.is_cuda or x.dtype not in HALF or x.dim() != 4 or self.weight is None or not _has_triton():
+            return False
+        trained = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
+        lies_right = x.is_contiguous(memory_format=torch.channels_last) and x[0, 0].numel() > 1
+        return lies_right and self.weight.dtype == x.dtype and not trained and not recorded()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache

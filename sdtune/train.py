@@ -2,14 +2,15 @@
 
 `fit` reads like the method: the once-in-a-while work first (read, encode, attach, resume), the single
 training step last (`_Trainer.step`). Accelerate gives device, precision, loss scaling, clipping, several processes,
-checkpoints and trackers. The whole encoded set lies on the device; there is no DataLoader.
+checkpoints and trackers. The whole encoded set lies on the device; there is no DataLoader, and the device is waited for
+once a step, when all work of that step is under way and what the next one needs is there.
 """
 
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +23,10 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from . import attach, bases, data, drawing, launch, measures, pictures, pipeline, store
+from . import attach, bases, data, drawing, frozen, launch, measures, pictures, pipeline, replay, store
 from .config import TrainConfig
 from .frugal import Frugal
-from .objective import CPUAttention, Draws, denoising_errors, draws, training_loss
+from .objective import CPUAttention, denoising_errors, draws, training_loss
 from .tuners import FULL, TunerConfig
 
 NAME = "tuner"  # the adapter's name while it trains
@@ -125,8 +126,8 @@ class _Trainer:
         long = data.truncated(pairs, pipe.tokenizer, config.trigger_words)
         if long:
             say(f"{len(long)} captions are longer than the text encoder reads and are cut: {', '.join(long[:5])}")
-        for frozen in (pipe.vae, pipe.text_encoder, pipe.unet):
-            frozen.requires_grad_(False).eval()
+        for model in (pipe.vae, pipe.text_encoder, pipe.unet):
+            model.requires_grad_(False).eval()
         pipe.vae.to(device)
         pipe.text_encoder.to(device)
         encoding = (pipe.vae, pipe.tokenizer, pipe.text_encoder, resolution)
@@ -135,11 +136,9 @@ class _Trainer:
         pipe.vae.to("cpu")
         pipe.text_encoder.to("cpu")
 
-        self.unet = pipe.unet.to(device, half)
+        self.unet = frozen.lay_out(pipe.unet.to(device, half))
         pipeline.add_tuner(self.unet, tuner, NAME)
-        self.parameters = pipeline.parameters_of(self.unet, NAME)
-        for holder in self.parameters.values():
-            holder.data = holder.data.float()
+        self.weights = _Weights(pipeline.parameters_of(self.unet, NAME))
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         # a mode does not reach into what gradient checkpointing computes again
@@ -148,15 +147,14 @@ class _Trainer:
         # a step takes 1 % longer, and 2 % on a small UNet, for whose memory nobody on a CPU would pay them
         spared = device.type == "cpu" and pipeline.is_small(self.unet)
         self.frugal = nullcontext() if tuner.kind == FULL or spared else Frugal(self.unet)
+        self.learn = replay.Replayed(self._learn) if device.type == "cuda" else self._learn
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         # the published rate; for a UNet as small as tiny-sd's a higher one did better on pairs left out of training
         usual_rate = (3e-3 if pipeline.is_small(self.unet) else 1e-4) * (0.1 if tuner.kind == FULL else 1)
         rate = config.learning_rate or usual_rate
         usual = pipeline.usual_guidance(self.unet)
         self.guidance = usual if config.guidance_scale is None else config.guidance_scale
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=rate, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = torch.optim.AdamW([self.weights.vector], lr=rate, weight_decay=config.weight_decay, fused=True)
         name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
         self.rate = get_scheduler(
             name, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
@@ -174,8 +172,12 @@ class _Trainer:
         self.settings |= {"processes": self.accelerator.num_processes}
         self.done, self.kept_step, self.losses = 0, 0, []
         self.heldout_losses: dict[int, list[float]] = {}  # step -> loss of each held-out picture
-        self.best: tuple[int, list] | None = None  # with stop_when: the step of the lowest held-out loss, its weights
-        self.good, self.good_step = [p.detach().clone() for p in self.parameters.values()], 0
+        self.best: tuple[int, torch.Tensor] | None = (
+            None  # with stop_when: the step of the lowest held-out loss, its weights
+        )
+        # the weights before each of the last two steps: whether a loss is finite is known once the weights have changed
+        self.kept, self.good_step = [self.weights.vector.detach().clone() for _ in range(2)], 0
+        self.ahead: tuple | None = None  # what the next step learns from
         if start:
             self._restore(start)
         self.accelerator.wait_for_everyone()
@@ -188,7 +190,7 @@ class _Trainer:
         if config.report_to:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.settings.items()}
             self.accelerator.init_trackers("sdtune", {**flat, **{k: str(v) for k, v in asdict(tuner).items()}})
-        count = sum(p.numel() for p in self.parameters.values())
+        count = self.weights.vector.numel()
         precision = self.accelerator.mixed_precision.replace("no", "fp32")
         predicts = self.scheduler.config.prediction_type
         say(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {predicts}")
@@ -197,28 +199,22 @@ class _Trainer:
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
 
     def step(self) -> None:
-        """One optimizer step: draw, predict, weigh, back-propagate, average over processes, clip, update."""
-        config, accelerator = self.config, self.accelerator
-        ranks, batch, parts = accelerator.num_processes, config.batch_size, config.gradient_accumulation_steps
-        drawn = draws(config, self.done, ranks * batch * parts, self.data, self.scheduler.config.num_train_timesteps)
-        losses = []
-        for part in range(parts):
-            first = (part * ranks + accelerator.process_index) * batch
-            own = slice(first, first + batch)
-            with self.attention(), self.frugal:
-                loss = self._loss(drawn, own)
-                accelerator.backward(loss.mean() / parts)
-            losses.append(accelerator.gather(loss.detach()))
-        losses = torch.cat(losses).cpu()
-        self._require_finite(losses, drawn.index)
-        self._keep_good()
-        if ranks > 1:
-            self._average_gradients()
+        """One optimizer step: predict, weigh, back-propagate, average over processes, clip, update; draw the next."""
+        config, accelerator, weights = self.config, self.accelerator, self.weights
+        index, batches = self.ahead or self._batches(self.done)
+        losses = [accelerator.gather(self.learn(**batch)) for batch in batches]
+        self.kept[self.done % 2].copy_(weights.vector.detach())
+        if accelerator.num_processes > 1:
+            weights.vector.grad.copy_(accelerator.reduce(weights.vector.grad, "mean"))
         if config.max_grad_norm:
-            accelerator.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+            accelerator.clip_grad_norm_([weights.vector], config.max_grad_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         self.rate.step()  # also where loss scaling has left the weights as they were, so that it ends where it should
+        self.ahead = self._batches(self.done + 1)
+        losses = torch.cat(losses).cpu()
+        self._require_finite(losses, index)
+        self.good_step = self.done
         self.done = self.kept_step = self.done + 1
         self.losses.append(losses.mean().item())
         recent = self.losses[-20:]
@@ -228,24 +224,33 @@ class _Trainer:
         if config.report_to:
             accelerator.log({"loss": self.losses[-1], "lr": rate}, step=self.done)
 
-    def _loss(self, drawn: Draws, own: slice) -> torch.Tensor:
-        device, encoded = self.accelerator.device, self.data
-        index, flip = drawn.index[own].to(device), drawn.flip[own].to(device)
-        mean, std = encoded.mean[index, flip], encoded.std[index, flip]
-        latents = mean + std * drawn.latent[own].to(device)
-        states = torch.where(drawn.drop[own].to(device)[:, None, None], encoded.empty, encoded.text[index])
-        with self.accelerator.autocast():
-            return training_loss(
-                self.unet, self.scheduler, latents, drawn.noise[own].to(device), drawn.timestep[own].to(device),
-                states, self.config.min_snr_gamma,
-            )  # fmt: skip
+    def _batches(self, step: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        """The numbers of a step's pictures, in all processes, and what `_learn` takes for each batch of this one."""
+        config, encoded, ranks = self.config, self.data, self.accelerator.num_processes
+        size, parts = config.batch_size, config.gradient_accumulation_steps
+        drawn = draws(config, step, ranks * size * parts, encoded, self.scheduler.config.num_train_timesteps)
+        batches = []
+        for part in range(parts):
+            first = (part * ranks + self.accelerator.process_index) * size
+            own = {name: self._to_device(x[first : first + size]) for name, x in vars(drawn).items()}
+            index, flip = own["index"], own["flip"]
+            latents = encoded.mean[index, flip] + encoded.std[index, flip] * own["latent"]
+            states = torch.where(own["drop"][:, None, None], encoded.empty, encoded.text[index])
+            batches.append(dict(latents=latents, noise=own["noise"], timesteps=own["timestep"], states=states))
+        return drawn.index, batches
 
-    def _average_gradients(self) -> None:
-        """The mean gradient over all processes, as one message."""
-        gradients = [p.grad for p in self.parameters.values()]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
+    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
+        device = self.accelerator.device
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+    def _learn(self, **batch: torch.Tensor) -> torch.Tensor:
+        """The loss of each picture of a batch (B,); adds its gradient to that of the weights."""
+        self.weights.renew()
+        with self.attention(), self.frugal:
+            loss = training_loss(self.unet, self.scheduler, **batch, min_snr_gamma=self.config.min_snr_gamma)
+            self.accelerator.backward(loss.mean() / self.config.gradient_accumulation_steps)
+        self.weights.gather()
+        return loss.detach()
 
     def _require_finite(self, losses: torch.Tensor, index: torch.Tensor) -> None:
         bad = ~torch.isfinite(losses)
@@ -254,15 +259,9 @@ class _Trainer:
             every = " (every picture of the batch: the learning rate may be too high)" if bad.all() else ""
             self._give_up(f"the loss is not finite at step {self.done + 1}, for {', '.join(names)}{every}")
 
-    def _keep_good(self) -> None:
-        """Notes the weights, which have given a finite loss or were saved, before an update that may spoil them."""
-        torch._foreach_copy_(self.good, [p.detach() for p in self.parameters.values()])
-        self.good_step = self.done
-
     def _give_up(self, why: str) -> None:
         """Saves the last weights that gave a finite loss, and raises."""
-        for p, kept in zip(self.parameters.values(), self.good):
-            p.data.copy_(kept)
+        self.weights.vector.data.copy_(self.kept[self.good_step % 2])
         self.kept_step = self.good_step
         path = self._save_tuner(self.output / "last-good.safetensors") if self.main else self.output
         self.close()
@@ -301,8 +300,7 @@ class _Trainer:
 
     def checkpoint(self) -> None:
         """Writes checkpoints/step-N: the fp32 tuner, optimizer, schedule, scaler, RNG states and losses."""
-        weights = torch.stack([p.detach().abs().max() for p in self.parameters.values()])
-        if not torch.isfinite(weights).all():
+        if not torch.isfinite(self.weights.vector).all():
             self._give_up(f"the weights are not finite after step {self.done}")
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() < 1:
@@ -351,14 +349,14 @@ class _Trainer:
         if changed:
             raise TrainError(f"{folder} cannot be resumed with other settings: {'; '.join(changed)}")
         file = store.load(folder)
-        store.check_fits(file, {k: tuple(p.shape) for k, p in self.parameters.items()}, folder)
-        for name, p in self.parameters.items():
-            p.data.copy_(file.tensors[name])
+        store.check_fits(file, {k: tuple(p.shape) for k, p in self.weights.named.items()}, folder)
+        for name, p in self.weights.named.items():
+            p.copy_(file.tensors[name])
         self.accelerator.load_state(str(folder))
-        self.done = self.kept_step = state["step"]
+        self.done = self.kept_step = self.good_step = state["step"]
         self.losses = state["losses"]
         self.heldout_losses = {int(k): v for k, v in state["heldout"].items()}
-        self._keep_good()
+        self.kept[self.done % 2].copy_(self.weights.vector.detach())
         if (folder / "best.pt").exists():
             self.best = torch.load(folder / "best.pt", map_location=self.accelerator.device, weights_only=True)
         if self.done > self.config.steps:
@@ -366,9 +364,8 @@ class _Trainer:
         self._say(f"resumed at step {self.done}")
 
     def _save_tuner(self, path: Path, dtype: torch.dtype = torch.float16) -> Path:
-        tensors = {k: p.detach() for k, p in self.parameters.items()}
         training = {**self.settings, "steps_done": self.kept_step, "images": len(self.data.names)}
-        file = store.TunerFile(self.tuner, tensors, self.base, self.config.trigger_words, training)
+        file = store.TunerFile(self.tuner, self.weights.named, self.base, self.config.trigger_words, training)
         return store.save(path, file, dtype)
 
     def _draw(self, pipe, adapters: dict[str, float], count: int | None = None) -> list:
@@ -402,11 +399,10 @@ class _Trainer:
         self.heldout_losses[self.done] = self._heldout_errors()
         means = self.heldout_means()
         if self.config.stop_when and self.done and means[self.done] == min(means.values()):
-            self.best = self.done, [p.detach().clone() for p in self.parameters.values()]
+            self.best = self.done, self.weights.vector.detach().clone()
 
     def _heldout_errors(self) -> list[float]:
-        with self.accelerator.autocast():
-            return denoising_errors(self.unet, self.scheduler, self.heldout).tolist()
+        return denoising_errors(self.unet, self.scheduler, self.heldout).tolist()
 
     def heldout_means(self) -> dict[int, float]:
         return {step: sum(losses) / len(losses) for step, losses in self.heldout_losses.items()}
@@ -414,19 +410,19 @@ class _Trainer:
     def finish(self) -> Result:
         """Saves the tuner, loads the file into a fresh pipeline, and checks that it draws what it should."""
         self.bar.close()
+        self.learn = None  # a recording holds memory
         if self.heldout and self.done not in self.heldout_losses:
             with _Evaluating(self):
                 self._measure_heldout()
         if self.best:
             self.kept_step = self.best[0]
             self._say(f"keeping the tuner of step {self.kept_step}, with the lowest held-out loss")
-            for p, kept in zip(self.parameters.values(), self.best[1]):
-                p.data.copy_(kept)
+            self.weights.vector.data.copy_(self.best[1])
         path, preview, plot = (self.output / n for n in (store.FILE_NAME, "preview.png", "loss.png"))
         if self.main:
             self._save_tuner(path)
-            for p in self.parameters.values():
-                p.data.copy_(p.data.half().float())  # the weights of the file, so that its pictures can be compared
+            weights = self.weights.vector.data
+            weights.copy_(weights.half())  # those of the file, so that its pictures can be compared
         after = self.preview(preview)
         if self.main:
             title = f"{self.output.name}: {len(self.losses)} steps"
@@ -460,6 +456,43 @@ class _Trainer:
         self.accelerator.end_training()
 
 
+class _Weights:
+    """What is trained: one vector for the optimizer, in fp32, whose pieces are the UNet's parameters.
+
+    A UNet in half precision has pieces of a copy in its own, which `renew` makes of the vector before they are used;
+    `gather` brings their gradients to the vector's.
+
+    Attributes:
+        vector: of all weights, with its gradient, which is to be set to zero, not to be taken away.
+        named: its pieces by the names of the parameters, to be read and written.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
+        self.used, dtype = list(parameters.values()), next(iter(parameters.values())).dtype
+        self.vector = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in self.used]))
+        self.vector.grad = torch.zeros_like(self.vector)
+        self.copy = None if dtype == torch.float32 else self.vector.detach().to(dtype)
+        self.named = dict(zip(parameters, self._pieces(self.vector.detach())))
+        pieces = self._pieces(self.vector.detach() if self.copy is None else self.copy)
+        for p, piece, gradient in zip(self.used, pieces, self._pieces(self.vector.grad)):
+            p.data = piece
+            p.grad = gradient if self.copy is None else None
+
+    def _pieces(self, vector: torch.Tensor) -> Iterable[torch.Tensor]:
+        parts = vector.split([p.numel() for p in self.used])
+        return (part.view(p.shape) for part, p in zip(parts, self.used))
+
+    def renew(self) -> None:
+        if self.copy is not None:
+            self.copy.copy_(self.vector.detach())
+
+    def gather(self) -> None:
+        if self.copy is not None:
+            self.vector.grad += torch.cat([p.grad.flatten() for p in self.used])
+            for p in self.used:
+                p.grad = None
+
+
 class _Evaluating:
     """While previews are drawn: all models on the device, evaluation mode, the training RNG untouched."""
 
@@ -468,6 +501,7 @@ class _Evaluating:
 
     def __enter__(self):
         pipe, self.random = self.trainer.pipe, torch.get_rng_state()
+        self.trainer.weights.renew()
         pipe.unet.eval()
         for module in (pipe.vae, pipe.text_encoder):
             module.to(self.trainer.accelerator.device)

@@ -1,0 +1,162 @@
+"""GroupNorm on a GPU for pictures whose channels lie next to one another (channels_last), as convolutions want them.
+
+PyTorch's own kernel first copies such a picture into the other order, and the convolution after it copies it back.
+The weights are frozen: only x gets a gradient. Importing this imports Triton.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+TILE = 8192  # numbers that a program holds
+
+
+def group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """`F.group_norm`, but for rounding, for x (B, C, H, W) in channels_last on a GPU; so is the result."""
+    return _GroupNorm.apply(x, groups, weight, bias, eps)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps):
+        result, moments = torch.empty_like(x), _partial(x, groups)
+        _launch(_moments, x, groups, x, moments)
+        _launch(_normalise, x, groups, x, weight, bias, result, moments, eps)
+        ctx.save_for_backward(x, weight, moments)
+        ctx.groups, ctx.eps = groups, eps
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight, moments = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        found, sums = torch.empty_like(x), _partial(x, ctx.groups)
+        _launch(_sums, x, ctx.groups, x, weight, gradient, moments, sums, ctx.eps)
+        _launch(_differentiate, x, ctx.groups, x, weight, gradient, found, moments, sums, ctx.eps)
+        return found, None, None, None, None
+
+
+def _tile(x: torch.Tensor, groups: int) -> tuple[int, int, int]:
+    """The channels of a group and the next power of two; the pixels that a program takes."""
+    width = x.shape[1] // groups
+    padded = triton.next_power_of_2(width)
+    pixels = x.shape[2] * x.shape[3]
+    return width, padded, min(triton.next_power_of_2(pixels), max(1, TILE // padded))
+
+
+def _partial(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Room for two numbers of each part of each group."""
+    parts = triton.cdiv(x.shape[2] * x.shape[3], _tile(x, groups)[2])
+    return torch.empty(len(x) * groups, parts, 2, device=x.device, dtype=torch.float32)
+
+
+def _launch(kernel, x: torch.Tensor, groups: int, *arguments) -> None:
+    pixels, (width, padded, rows) = x.shape[2] * x.shape[3], _tile(x, groups)
+    parts = triton.cdiv(pixels, rows)
+    sizes = dict(WIDTH=width, PADDED=padded, ROWS=rows, PARTS=triton.next_power_of_2(parts))
+    kernel[(parts, len(x) * groups)](*arguments, pixels, groups, **sizes)
+
+
+@triton.jit
+def _place(pixels, groups, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """Where this program's numbers are in x, which of them there are, and their channels."""
+    part, group = tl.program_id(0), tl.program_id(1)
+    rows, columns = part * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
+    channels = group % groups * WIDTH + columns
+    first = (group // groups).to(tl.int64) * pixels * groups * WIDTH
+    at = first + rows[:, None] * (groups * WIDTH) + channels[None, :]
+    return at, (rows < pixels)[:, None] & (columns < WIDTH)[None, :], channels, columns < WIDTH
+
+
+@triton.jit
+def _all_moments(M, pixels, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """Mean and 1 / standard deviation of this program's group, from those of its parts (Chan et al., 1979)."""
+    group, parts, every = tl.program_id(1), tl.num_programs(0), tl.arange(0, PARTS)
+    at = M + (group * parts + every) * 2
+    means = tl.load(at, every < parts, 0.0)
+    squares = tl.load(at + 1, every < parts, 0.0)
+    counts = tl.minimum(tl.maximum(pixels - every * ROWS, 0), ROWS).to(tl.float32) * WIDTH
+    total = (pixels * WIDTH).to(tl.float32)
+    mean = tl.sum(means * counts) / total
+    variance = (tl.sum(squares) + tl.sum(counts * (means - mean) * (means - mean))) / total
+    return mean, 1 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def _moments(X, M, pixels, groups, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """Of each part: its mean, and the sum of squares around it."""
+    at, there, _, _ = _place(pixels, groups, WIDTH, PADDED, ROWS)
+    x = tl.load(X + at, there, 0.0).to(tl.float32)
+    count = tl.minimum(pixels - tl.program_id(0) * ROWS, ROWS) * WIDTH
+    mean = tl.sum(x) / count
+    around = tl.where(there, x - mean, 0.0)
+    own = M + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(own, mean)
+    tl.store(own + 1, tl.sum(around * around))
+
+
+@triton.jit
+def _normalise(
+    X, W, B, Y, M, eps, pixels, groups,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    at, there, channels, inside = _place(pixels, groups, WIDTH, PADDED, ROWS)
+    mean, inverse = _all_moments(M, pixels, eps, WIDTH, ROWS, PARTS)
+    x = tl.load(X + at, there, 0.0).to(tl.float32)
+    weight = tl.load(W + channels, inside, 0.0).to(tl.float32)
+    bias = tl.load(B + channels, inside, 0.0).to(tl.float32)
+    y = (x - mean) * inverse * weight[None, :] + bias[None, :]
+    tl.store(Y + at, y.to(Y.dtype.element_ty), there)
+
+
+@triton.jit
+def _scaled(
+    X,
+    W,
+    G,
+    M,
+    eps,
+    pixels,
+    groups,
+    at,
+    there,
+    channels,
+    inside,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """x without mean and scale, its gradient, and 1 / standard deviation."""
+    mean, inverse = _all_moments(M, pixels, eps, WIDTH, ROWS, PARTS)
+    x = (tl.load(X + at, there, 0.0).to(tl.float32) - mean) * inverse
+    weight = tl.load(W + channels, inside, 0.0).to(tl.float32)
+    return x, tl.load(G + at, there, 0.0).to(tl.float32) * weight[None, :], inverse
+
+
+@triton.jit
+def _sums(
+    X, W, G, M, S, eps, pixels, groups,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of each part: the sum of the gradient, and of the gradient times x."""
+    at, there, channels, inside = _place(pixels, groups, WIDTH, PADDED, ROWS)
+    x, g, _ = _scaled(X, W, G, M, eps, pixels, groups, at, there, channels, inside, WIDTH, ROWS, PARTS)
+    own = S + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(own, tl.sum(g))
+    tl.store(own + 1, tl.sum(g * x))
+
+
+@triton.jit
+def _differentiate(
+    X, W, G, D, M, S, eps, pixels, groups,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    at, there, channels, inside = _place(pixels, groups, WIDTH, PADDED, ROWS)
+    x, g, inverse = _scaled(X, W, G, M, eps, pixels, groups, at, there, channels, inside, WIDTH, ROWS, PARTS)
+    every, total = tl.arange(0, PARTS), (pixels * WIDTH).to(tl.float32)
+    own = S + (tl.program_id(1) * tl.num_programs(0) + every) * 2
+    of_g = tl.sum(tl.load(own, every < tl.num_programs(0), 0.0)) / total
+    of_both = tl.sum(tl.load(own + 1, every < tl.num_programs(0), 0.0)) / total
+    tl.store(D + at, (inverse * (g - of_g - x * of_both)).to(D.dtype.element_ty), there)
