@@ -58,6 +58,8 @@ def alternate(jobs: list[Job], rounds: int) -> dict[str, list[float]]:
     seconds, order = {job.who: [] for job in jobs}, [job.who for job in jobs]
     with ExitStack() as stack:
         contestants = {job.who: stack.enter_context(_Process(job)) for job in jobs}
+        for contestant in contestants.values():  # they get ready at the same time
+            contestant.answer()
         units = 1
         for number in range(rounds + 1):
             for name in order:
@@ -95,7 +97,6 @@ class _Process:
             )
 
     def __enter__(self):
-        self._answer()
         return self
 
     def __exit__(self, *_):
@@ -106,9 +107,9 @@ class _Process:
         """Seconds of one unit."""
         with suppress(BrokenPipeError):
             print(units, file=self.process.stdin)
-        return float(self._answer())
+        return float(self.answer())
 
-    def _answer(self) -> str:
+    def answer(self) -> str:
         answer = self.process.stdout.readline()
         if not answer:
             words = self.words.read_text(errors="replace").split()
@@ -142,12 +143,20 @@ def _peak():
     torch.cuda.reset_peak_memory_stats() if cuda else threading.Thread(target=watch, daemon=True).start()
     yield seen
     over.set()
-    seen[0] = torch.cuda.max_memory_allocated() if cuda else seen[0]
+    seen[0] = torch.cuda.max_memory_reserved() if cuda else seen[0]
 
 
 def held() -> int:
-    """Bytes in use now: what torch holds on CUDA, the whole process on a CPU."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    """Bytes taken now: what torch has reserved on CUDA, since a recording's memory counts too; else the process's."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
+def give_back() -> None:
+    """Lets go of memory that is free and kept for later: it would count as held."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
 
 
 def child(spec: dict) -> None:
@@ -165,8 +174,9 @@ def child(spec: dict) -> None:
                 contestant = prepare(job)
                 found["ready"] = time.time() - started
                 contestant.run()  # warms up; and weights that are mapped from a file come into memory when first used
-            with suppress(AttributeError, OSError, TypeError):
-                ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, and it would count as loaded
+                if torch.cuda.is_available():
+                    contestant.run()  # some record their work the second time
+            give_back()
             found["loaded"] = held() - before
             with _peak() as peak:
                 seconds = [_time(contestant.run) for _ in range(job.repeat - (job.part == "finish"))]

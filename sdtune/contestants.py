@@ -27,7 +27,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-from . import bases, data, drawing, frozen, launch, pipeline, train, trials
+from . import bases, data, drawing, frozen, launch, pipeline, replay, train, trials
 from .config import TrainConfig
 from .tuners import TunerConfig
 
@@ -164,7 +164,8 @@ def _pixels_and_ids(tokenizer, side: int, pairs: list) -> tuple[torch.Tensor, to
 def _floor(job: Job) -> Contestant:
     """The frozen UNet's forward and backward, and nothing else: no data, no tuner, no optimizer, no autocast.
 
-    The gradient goes down to the result of the first operation that has a tuner beside it, as that tuner needs.
+    The gradient goes down to the result of the first operation that has a tuner beside it, as that tuner needs. On
+    CUDA it is recorded and replayed, as our trainer's step is.
     """
     launch.keep_freed_memory()  # as our trainer does, or the floor would lie above it
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[job.precision]
@@ -176,10 +177,13 @@ def _floor(job: Job) -> Contestant:
     states = torch.randn(job.batch, 77, width, device=device, dtype=dtype)
     steps = torch.randint(0, 1000, (job.batch,), device=device)
 
-    def step() -> None:
-        F.mse_loss(unet(noisy, steps, states, return_dict=False)[0].float(), noise.float()).backward()
+    def step(noisy, noise, states, steps) -> torch.Tensor:
+        loss = F.mse_loss(unet(noisy, steps, states, return_dict=False)[0].float(), noise.float())
+        loss.backward()
+        return loss.detach()
 
-    return Contestant(step)
+    run = replay.Replayed(step) if device == "cuda" else step
+    return Contestant(partial(run, noisy=noisy, noise=noise, states=states, steps=steps))
 
 
 def _drawing(job: Job) -> Contestant:
@@ -190,12 +194,19 @@ def _drawing(job: Job) -> Contestant:
         pipeline.add_tuner(pipe, TunerConfig(**job.tuner or {}))
     elif job.who == PLAIN:
         frozen.plain(unet), frozen.plain(pipe.vae)
+        return Contestant(partial(_as_diffusers_draws, pipe, job))
     elif job.who != BASE:
         pipeline.add_tuner(pipe, trials.methods(unet)["lora"])  # of equal parameters
     if job.who == FUSED:
         unet.fuse_lora()
         unet.unload_lora()
     unet.eval()
-    adapters = {} if job.who in (PLAIN, BASE, FUSED) else {"tuner_0": 1.0}
+    adapters = {} if job.who in (BASE, FUSED) else {"tuner_0": 1.0}
     cells = [drawing.Cell(PROMPT, seed, adapters) for seed in range(job.batch)]
     return Contestant(partial(drawing.draw_cells, pipe, cells, steps=job.draw_steps, size=job.resolution))
+
+
+def _as_diffusers_draws(pipe: StableDiffusionPipeline, job: Job) -> None:
+    noise = [torch.Generator("cpu").manual_seed(seed) for seed in range(job.batch)]
+    size = dict(height=job.resolution, width=job.resolution)
+    pipe([PROMPT] * job.batch, num_inference_steps=job.draw_steps, generator=noise, **size)

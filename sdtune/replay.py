@@ -24,11 +24,11 @@ class Replayed:
 
     def __init__(self, function: Callable[..., torch.Tensor]):
         self.function, self.stream = function, torch.cuda.Stream()
-        self.given: dict[str, torch.Tensor] = {}  # what is taken lies here
+        self.given: dict[str, torch.Tensor] | None = None  # what is taken lies here
         self.graph, self.possible = None, True
 
     def __call__(self, **tensors: torch.Tensor) -> torch.Tensor:
-        if not self.given:
+        if self.given is None:
             self.given = {name: tensor.clone() for name, tensor in tensors.items()}
             return self._beside()
         for name, tensor in tensors.items():

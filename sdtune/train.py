@@ -243,11 +243,12 @@ class _Trainer:
         device = self.accelerator.device
         return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
-    def _learn(self, **batch: torch.Tensor) -> torch.Tensor:
+    def _learn(self, latents, noise, timesteps, states) -> torch.Tensor:
         """The loss of each picture of a batch (B,); adds its gradient to that of the weights."""
         self.weights.renew()
         with self.attention(), self.frugal:
-            loss = training_loss(self.unet, self.scheduler, **batch, min_snr_gamma=self.config.min_snr_gamma)
+            known = latents, noise, timesteps, states
+            loss = training_loss(self.unet, self.scheduler, *known, self.config.min_snr_gamma)
             self.accelerator.backward(loss.mean() / self.config.gradient_accumulation_steps)
         self.weights.gather()
         return loss.detach()

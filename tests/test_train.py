@@ -186,7 +186,7 @@ def test_a_run_that_memorises_stops_and_keeps_the_tuner_from_before_that(pairs, 
     curve, seen = {0: 0.3, 2: 0.2, 4: 0.1, 6: 0.15, 8: 0.2}, {}
 
     def errors(self):
-        seen[self.done] = {k: p.detach().half() for k, p in self.parameters.items()}
+        seen[self.done] = {k: p.detach().half() for k, p in self.weights.named.items()}
         return [curve[self.done], curve[self.done] + 0.01]
 
     monkeypatch.setattr(train._Trainer, "_heldout_errors", errors)

@@ -1,0 +1,154 @@
+"""What holds on a GPU, where work is recorded and pictures lie otherwise. Skipped where there is none."""
+
+import copy
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ANIME
+from torch import nn
+
+import sdtune
+from sdtune import drawing, frozen, pictures, replay, store, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def run(tmp_path, name: str, tuner=None, **changes) -> tuple[list[float], torch.Tensor]:
+    """The losses of a short run in fp16, and its weights."""
+    values = dict(
+        data=str(ANIME), output=str(tmp_path / name), steps=6, batch_size=2, gradient_accumulation_steps=2,
+        preview_steps=1, preview_every=0, preview_prompts=["a cat face"], learning_rate=1e-4, mixed_precision="fp16",
+    )  # fmt: skip
+    result = sdtune.fit(train.TrainConfig(**values | changes), tuner)
+    tensors = store.load(result.tuner).tensors
+    return result.losses, torch.cat([tensors[k].float().flatten() for k in sorted(tensors)])
+
+
+def alike(a, b, within: float) -> bool:
+    return ((a - b).norm() / b.norm()).item() < within
+
+
+@pytest.mark.parametrize("kind", ["res_attn", "lora", "res_prompt", "full"])
+def test_a_recorded_step_learns_what_a_step_launched_piece_by_piece_does(tmp_path, monkeypatch, kind):
+    tuner = sdtune.TunerConfig(kind=kind) if kind != "lora" else sdtune.TunerConfig(kind=kind, ops=["attn1", "attn2"])
+    recorded = []
+    record = replay.Replayed._record
+    monkeypatch.setattr(replay.Replayed, "_record", lambda self: recorded.append(1) or record(self))
+    losses, weights = run(tmp_path, "recorded", tuner)
+    assert recorded and all(map(math.isfinite, losses))
+    monkeypatch.setattr(replay, "Replayed", lambda function: function)
+    monkeypatch.setattr(replay, "passes", lambda unet: nullcontext())
+    plain_losses, plain_weights = run(tmp_path, "plain", tuner)
+    assert losses == pytest.approx(plain_losses, rel=5e-3)
+    assert alike(
+        weights, plain_weights, 0.1
+    )  # sums on a GPU have no order, and Adam starts with the signs of gradients
+
+
+@pytest.mark.parametrize("changes", [dict(gradient_checkpointing=True), dict(mixed_precision="bf16"), dict(flip=True),
+                                     dict(mixed_precision="no")], ids=str)  # fmt: skip
+def test_other_ways_to_train_are_recorded_too(tmp_path, changes, recwarn):
+    losses, weights = run(tmp_path, "run", **changes)
+    assert all(map(math.isfinite, losses)) and torch.isfinite(weights).all()
+    assert not [w for w in recwarn if "cannot be recorded" in str(w.message)]
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path):
+    losses, weights = run(tmp_path, "straight", steps=6, checkpoint_every=3)
+    run(tmp_path, "broken", steps=3)
+    resumed, resumed_weights = run(tmp_path, "broken", steps=6, resume=True)
+    assert resumed == pytest.approx(losses, rel=5e-3) and alike(resumed_weights, weights, 0.1)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_weights_from_before(tmp_path):
+    with pytest.raises(train.TrainError, match="finite"):
+        run(tmp_path, "run", learning_rate=1e30, steps=8)
+    file = store.load(tmp_path / "run/last-good.safetensors")
+    assert all(torch.isfinite(t).all() for t in file.tensors.values())
+
+
+def test_what_cannot_be_recorded_is_done_piece_by_piece_after_a_warning():
+    replayed = replay.Replayed(lambda x: x * x.sum().item())
+    one, two = (torch.full((3,), float(n), device="cuda") for n in (1, 2))
+    assert replayed(x=one).tolist() == [3, 3, 3]
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        assert replayed(x=two).tolist() == [12, 12, 12]
+    assert replayed(x=one).tolist() == [3, 3, 3]
+
+
+def test_a_replay_reads_what_it_is_given_and_its_results_stay():
+    replayed = replay.Replayed(lambda x, y: x * 2 + y)
+    given = [torch.tensor([float(n)], device="cuda") for n in range(5)]
+    results = [replayed(x=x, y=y) for x, y in zip(given, reversed(given))]
+    assert [r.item() for r in results] == [4, 5, 6, 7, 8]
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
+def loaded(request, files):
+    pipe = sdtune.load_base("tiny-sd", request.param).to("cuda")
+    sdtune.load_tuner(pipe, files / "one.safetensors", "tuner")
+    sdtune.load_tuner(pipe, files / "lora", "lora")
+    return pipe
+
+
+def test_recorded_passes_draw_what_passes_launched_piece_by_piece_do(loaded, monkeypatch, recwarn):
+    mixes = [{}, {"tuner": 1.0}, {"lora": 0.5}, {"tuner": 0.5, "lora": 1.0}]
+    cells = [drawing.Cell("a cat face", seed, mix) for seed, mix in enumerate(mixes)]
+    together = drawing.draw_cells(loaded, cells, steps=6)
+    singly = [drawing.draw_cells(loaded, [cell], steps=6)[0] for cell in cells]
+    monkeypatch.setattr(replay, "passes", lambda unet: nullcontext())
+    plain = drawing.draw_cells(loaded, cells, steps=6)
+    for a, b, c in zip(together, plain, singly):
+        assert pictures.distance(a, b) < 2 and pictures.distance(c, b) < 2
+    assert pictures.distance(together[0], together[1]) > 2
+    assert not [w for w in recwarn if "cannot be recorded" in str(w.message)]
+
+
+def test_a_tuned_pipeline_of_the_user_draws_as_before_after_it_was_recorded(loaded):
+    before = loaded("a cat face", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    drawing.draw_cells(loaded, [drawing.Cell("a dog")], steps=3)
+    after = loaded("a cat face", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert "forward" not in vars(loaded.unet) and pictures.distance(before, after) < 2
+
+
+def test_an_offloaded_pipeline_draws_piece_by_piece(files):
+    pipe = sdtune.load_base("tiny-sd", torch.float16)
+    pipe.enable_model_cpu_offload()
+    sdtune.load_tuner(pipe, files / "one.safetensors", "tuner")
+    assert len(drawing.draw_cells(pipe, [drawing.Cell("a cat face", 0, {"tuner": 1.0})], steps=3)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 320, 64, 64), (2, 960, 20, 12), (4, 64, 7, 9), (1, 2560, 8, 8)], ids=str)
+def test_the_norm_of_pictures_in_channels_last_is_pytorchs_gradient_included(shape, dtype):
+    torch.manual_seed(0)
+    norm = frozen.quicken(nn.Sequential(nn.GroupNorm(32, shape[1]))).requires_grad_(False).to("cuda", dtype)[0]
+    assert type(norm) is frozen.GroupNorm
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x, gradient = (torch.randn(shape, device="cuda") * 3 + 5 for _ in range(2))
+    x, gradient = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, gradient))
+    assert norm._quicker(x)
+    exact, own = x.double().requires_grad_(), x.requires_grad_()
+    wanted = F.group_norm(exact, 32, norm.weight.double(), norm.bias.double(), norm.eps)
+    found = norm(own)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    found.backward(gradient), wanted.backward(gradient.double())
+    usual = x.detach().clone().requires_grad_()
+    plain = F.group_norm(usual, 32, norm.weight, norm.bias, norm.eps)
+    plain.backward(gradient)
+    for mine, theirs, true in ((found, plain, wanted), (own.grad, usual.grad, exact.grad)):
+        error, usual_error = ((t.double() - true).norm().item() for t in (mine, theirs))
+        assert error <= 1.5 * usual_error
+
+
+def test_a_base_laid_out_for_the_gpu_gives_what_it_gave(files):
+    unet = sdtune.load_base("tiny-sd", torch.float16).unet.to("cuda")
+    plain = frozen.plain(copy.deepcopy(unet))
+    x = torch.randn(2, 4, 16, 16, device="cuda", dtype=torch.float16)
+    text = torch.randn(2, 77, unet.config.cross_attention_dim, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        found, wanted = (m(x, 500, text).sample for m in (frozen.lay_out(unet.requires_grad_(False)), plain))
+    assert alike(found, wanted, 0.01)
