@@ -1,8 +1,8 @@
 """Layers of frozen models that compute what they did, but for rounding, in less time.
 
-On a CPU in fp32 these are linear layers and convolutions; on a GPU in half precision norms of pictures that lie as
-`lay_out` lets them. Nowhere else anything changes: not in other precisions, where weights are trained, or in what is
-saved.
+On a CPU in fp32 these are linear layers and convolutions; on a GPU in half precision group norms, of pictures that lie
+as `lay_out` lets them, and GEGLU. Nowhere else anything changes: not in other precisions, where weights are trained, or
+in what is saved.
 """
 
 from functools import cache
@@ -10,16 +10,17 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from diffusers.models import activations
 from llvmlite import binding
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 
 def quicken(model: nn.Module) -> nn.Module:
-    """Turns a model's linear layers, 3x3 convolutions and group norms into those that are below; gives the model."""
+    """Turns a model's layers into those that are below, where there is one; gives the model."""
     for module in model.modules():
-        if type(module) in (nn.Linear, nn.GroupNorm):
-            module.__class__ = Linear if type(module) is nn.Linear else GroupNorm
+        if type(module) in QUICKER:
+            module.__class__ = QUICKER[type(module)]
         elif type(module) is nn.Conv2d and all(getattr(module, k) == v for k, v in Convolution.SETTINGS.items()):
             module.__class__ = Convolution
     return model
@@ -28,7 +29,7 @@ def quicken(model: nn.Module) -> nn.Module:
 def plain(model: nn.Module) -> nn.Module:
     """Undoes `quicken`."""
     for module in model.modules():
-        if type(module) in (Linear, Convolution, GroupNorm):
+        if type(module) in (Convolution, *QUICKER.values()):
             module.__class__ = type(module).__base__
     return model
 
@@ -41,8 +42,11 @@ def lay_out(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         weight = module.weight if isinstance(module, nn.Conv2d) else None
-        if weight is not None and weight.is_cuda and weight.dtype in HALF and not weight.requires_grad:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        movable = weight is not None and weight.is_cuda and weight.dtype in HALF and not weight.requires_grad
+        if (
+            movable and weight.stride(1) != 1
+        ):  # `contiguous` would leave those of 1x1 as they are, and so what they give
+            weight.data = torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)
     return model
 
 
@@ -120,17 +124,36 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._quicker(x):
-            from . import norm  # imports Triton, which is not everywhere
+            from . import gpu_layers  # imports Triton, which is not everywhere
 
-            return norm.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+            return gpu_layers.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         return super().forward(x)
 
     def _quicker(self, x: torch.Tensor) -> bool:
-        if not x.is_cuda or x.dtype not in HALF or x.dim() != 4 or self.weight is None or not _has_triton():
+        if not on_gpu_in_half(x) or x.dim() != 4 or self.weight is None:
             return False
         trained = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
         lies_right = x.is_contiguous(memory_format=torch.channels_last) and x[0, 0].numel() > 1
-        return lies_right and self.weight.dtype == x.dtype and not trained and not recorded()
+        return lies_right and self.weight.dtype == x.dtype and not trained
+
+
+class GEGLU(activations.GEGLU):
+    """diffusers' GEGLU, whose halves PyTorch's kernels take one by one."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if not on_gpu_in_half(hidden_states) or args or kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        from . import gpu_layers  # imports Triton, which is not everywhere
+
+        return gpu_layers.gated(self.proj(hidden_states))
+
+
+QUICKER = {nn.Linear: Linear, nn.GroupNorm: GroupNorm, activations.GEGLU: GEGLU}
+
+
+def on_gpu_in_half(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels can take x: one on a GPU in half precision, not recorded, where there is Triton."""
+    return x.is_cuda and x.dtype in HALF and _has_triton() and not recorded()
 
 
 @cache

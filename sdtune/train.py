@@ -2,8 +2,8 @@
 
 `fit` reads like the method: the once-in-a-while work first (read, encode, attach, resume), the single
 training step last (`_Trainer.step`). Accelerate gives device, precision, loss scaling, clipping, several processes,
-checkpoints and trackers. The whole encoded set lies on the device; there is no DataLoader, and the device is waited for
-once a step, when all work of that step is under way and what the next one needs is there.
+checkpoints and trackers. The whole encoded set lies on the device, and there is no DataLoader. A GPU is not waited
+for: a step's losses are looked at when the next one is under way.
 """
 
 import json
@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
 from . import attach, bases, data, drawing, frozen, launch, measures, pictures, pipeline, replay, store
@@ -69,7 +70,8 @@ def fit(
     Leaves in `config.output`: tuner.safetensors, preview.png, loss.png, config.json, checkpoints/, previews/.
 
     Args:
-        on_step: gets the steps done and the last loss after each; returning True stops the run as a signal does.
+        on_step: gets the steps done and the last loss after each (on a GPU after the next one has begun); returning
+            True stops the run as a signal does.
 
     Raises:
         DataError, BaseError: before any training, with everything that is wrong with the data or the base.
@@ -81,9 +83,13 @@ def fit(
     with launch.signals() as caught:
         over = trainer.done and trainer.look()  # a checkpoint is written before its step is looked at
         while trainer.done < config.steps and not over:
+            known = len(trainer.losses)
             trainer.step()
             due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
-            asked = signal.SIGTERM if on_step and on_step(trainer.done, trainer.losses[-1]) else 0
+            if due:
+                trainer.settle()
+            told = on_step and len(trainer.losses) > known
+            asked = signal.SIGTERM if told and on_step(len(trainer.losses), trainer.losses[-1]) else 0
             stop = trainer.anywhere(caught.number or asked)
             if due or stop:
                 trainer.checkpoint()
@@ -175,9 +181,10 @@ class _Trainer:
         self.best: tuple[int, torch.Tensor] | None = (
             None  # with stop_when: the step of the lowest held-out loss, its weights
         )
-        # the weights before each of the last two steps: whether a loss is finite is known once the weights have changed
-        self.kept, self.good_step = [self.weights.vector.detach().clone() for _ in range(2)], 0
+        self.good, self.good_step = self.weights.vector.detach().clone(), 0
+        self.fine = torch.ones((), dtype=torch.bool, device=device)  # whether all losses have been finite
         self.ahead: tuple | None = None  # what the next step learns from
+        self.pending: tuple | None = None  # the last step's losses, on their way here
         if start:
             self._restore(start)
         self.accelerator.wait_for_everyone()
@@ -195,34 +202,50 @@ class _Trainer:
         predicts = self.scheduler.config.prediction_type
         say(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {predicts}")
         self.before: list = []  # the base's preview, drawn when the first comparison with it is due
-        self.unet.train()
+        _train(self.unet, True)
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
 
     def step(self) -> None:
         """One optimizer step: predict, weigh, back-propagate, average over processes, clip, update; draw the next."""
-        config, accelerator, weights = self.config, self.accelerator, self.weights
+        config, accelerator, vector = self.config, self.accelerator, self.weights.vector
         index, batches = self.ahead or self._batches(self.done)
-        losses = [accelerator.gather(self.learn(**batch)) for batch in batches]
-        self.kept[self.done % 2].copy_(weights.vector.detach())
+        losses = torch.cat([accelerator.gather(self.learn(**batch)) for batch in batches])
+        self.fine &= torch.isfinite(losses).all()
+        torch.where(self.fine, vector.detach(), self.good, out=self.good)
         if accelerator.num_processes > 1:
-            weights.vector.grad.copy_(accelerator.reduce(weights.vector.grad, "mean"))
+            vector.grad.copy_(accelerator.reduce(vector.grad, "mean"))
         if config.max_grad_norm:
-            accelerator.clip_grad_norm_([weights.vector], config.max_grad_norm)
+            accelerator.clip_grad_norm_([vector], config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
+        rate = self.rate.get_last_lr()[0]
         self.rate.step()  # also where loss scaling has left the weights as they were, so that it ends where it should
         self.ahead = self._batches(self.done + 1)
-        losses = torch.cat(losses).cpu()
-        self._require_finite(losses, index)
-        self.good_step = self.done
+        self.settle()
+        here = torch.cuda.Event() if losses.is_cuda else None
+        self.pending = self.done, index, rate, losses.to("cpu", non_blocking=True), here
         self.done = self.kept_step = self.done + 1
+        here.record() if here else self.settle()
+
+    def settle(self) -> None:
+        """Waits for the losses of the last step that was begun, and looks at them."""
+        if not self.pending:
+            return
+        (step, index, rate, losses, here), self.pending = self.pending, None
+        if here:
+            here.synchronize()
+        bad = ~torch.isfinite(losses)
+        if bad.any():
+            names = list(dict.fromkeys(self.data.names[i] for i in index[bad].tolist()))
+            every = " (every picture of the batch: the learning rate may be too high)" if bad.all() else ""
+            self._give_up(f"the loss is not finite at step {step + 1}, for {', '.join(names)}{every}")
+        self.good_step = step
         self.losses.append(losses.mean().item())
         recent = self.losses[-20:]
-        rate = self.rate.get_last_lr()[0]
         self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{rate:.1e}", refresh=False)
         self.bar.update()
-        if config.report_to:
-            accelerator.log({"loss": self.losses[-1], "lr": rate}, step=self.done)
+        if self.config.report_to:
+            self.accelerator.log({"loss": self.losses[-1], "lr": rate}, step=step + 1)
 
     def _batches(self, step: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
         """The numbers of a step's pictures, in all processes, and what `_learn` takes for each batch of this one."""
@@ -253,16 +276,9 @@ class _Trainer:
         self.weights.gather()
         return loss.detach()
 
-    def _require_finite(self, losses: torch.Tensor, index: torch.Tensor) -> None:
-        bad = ~torch.isfinite(losses)
-        if bad.any():
-            names = list(dict.fromkeys(self.data.names[i] for i in index[bad].tolist()))
-            every = " (every picture of the batch: the learning rate may be too high)" if bad.all() else ""
-            self._give_up(f"the loss is not finite at step {self.done + 1}, for {', '.join(names)}{every}")
-
     def _give_up(self, why: str) -> None:
         """Saves the last weights that gave a finite loss, and raises."""
-        self.weights.vector.data.copy_(self.kept[self.good_step % 2])
+        self.weights.vector.data.copy_(self.good)
         self.kept_step = self.good_step
         path = self._save_tuner(self.output / "last-good.safetensors") if self.main else self.output
         self.close()
@@ -301,6 +317,7 @@ class _Trainer:
 
     def checkpoint(self) -> None:
         """Writes checkpoints/step-N: the fp32 tuner, optimizer, schedule, scaler, RNG states and losses."""
+        self.settle()
         if not torch.isfinite(self.weights.vector).all():
             self._give_up(f"the weights are not finite after step {self.done}")
         scaler = self.accelerator.scaler
@@ -357,7 +374,7 @@ class _Trainer:
         self.done = self.kept_step = self.good_step = state["step"]
         self.losses = state["losses"]
         self.heldout_losses = {int(k): v for k, v in state["heldout"].items()}
-        self.kept[self.done % 2].copy_(self.weights.vector.detach())
+        self.good.copy_(self.weights.vector.detach())
         if (folder / "best.pt").exists():
             self.best = torch.load(folder / "best.pt", map_location=self.accelerator.device, weights_only=True)
         if self.done > self.config.steps:
@@ -410,6 +427,7 @@ class _Trainer:
 
     def finish(self) -> Result:
         """Saves the tuner, loads the file into a fresh pipeline, and checks that it draws what it should."""
+        self.settle()
         self.bar.close()
         self.learn = None  # a recording holds memory
         if self.heldout and self.done not in self.heldout_losses:
@@ -503,15 +521,22 @@ class _Evaluating:
     def __enter__(self):
         pipe, self.random = self.trainer.pipe, torch.get_rng_state()
         self.trainer.weights.renew()
-        pipe.unet.eval()
+        _train(pipe.unet, False)
         for module in (pipe.vae, pipe.text_encoder):
             module.to(self.trainer.accelerator.device)
 
     def __exit__(self, *_):
-        self.trainer.pipe.unet.train()
+        _train(self.trainer.pipe.unet, True)
         for module in (self.trainer.pipe.vae, self.trainer.pipe.text_encoder):
             module.to("cpu")
         torch.set_rng_state(self.random)
+
+
+def _train(unet, mode: bool) -> None:
+    """Sets the mode of what is trained alone: diffusers' layers copy pictures into another order when they train."""
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.train(mode)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

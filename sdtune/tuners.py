@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .frozen import on_gpu_in_half
+
 # CUDA's fused attention kernels want heads whose width is a multiple of this. Zero columns in q, k and v change neither
 # q.k (the scale is given explicitly) nor the first `rank` columns of the result, so padding is exact.
 _HEAD_DIM = {"cuda": 8}
+_NARROW = 16  # the widest heads of `gpu_attention`
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,16 @@ class ResAttn(Tuner):
 
     def forward(self, x: torch.Tensor, beside: Beside | None = None) -> torch.Tensor:
         """x: (B, N, dim) -> (B, N, dim), to be added to the operation's own result."""
-        batch, tokens, _ = x.shape
-        qkv = _widened(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.rank))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj_drop(self.o(self._attend(q, k, v)))
+        return self.proj_drop(self.o(self._attend(self.qkv(x).unflatten(2, (3, self.num_heads, self.rank)))))
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q: (B, num_heads, N, widened rank), k and v with their own N -> (B, N, num_heads * rank)."""
+    def _attend(self, *projected: torch.Tensor) -> torch.Tensor:
+        """q, k and v, packed as (B, N, 3, num_heads, rank), or in several such -> (B, N, num_heads * rank)."""
         dropout = self.attn_drop if self.training else 0.0
+        if self.rank <= _NARROW and not dropout and all(map(on_gpu_in_half, projected)):
+            from . import gpu_attention  # imports Triton, which is not everywhere
+
+            return gpu_attention.attention(self.scale, *projected).flatten(2)
+        q, k, v = (part.transpose(1, 2) for x in projected for part in _widened(x).unbind(2))
         if q.device.type == "cpu" and not dropout:
             from . import narrow  # imports Numba, which nothing else here needs
 
@@ -162,10 +167,9 @@ class ResAttnText(ResAttn):
     def forward(self, x: torch.Tensor, beside: Beside | None = None) -> torch.Tensor:
         """x: (B, N, dim), beside.text: (B, L, text_dim) or None -> (B, N, dim)."""
         text = x if beside is None or beside.text is None else beside.text.to(x.dtype)
-        q = self.q(x).unflatten(2, (self.num_heads, self.rank))
-        k, v = self.kv(text).unflatten(2, (2, self.num_heads, self.rank)).unbind(2)
-        q, k, v = (_widened(t).transpose(1, 2) for t in (q, k, v))
-        return self.proj_drop(self.o(self._attend(q, k, v)))
+        q = self.q(x).unflatten(2, (1, self.num_heads, self.rank))
+        kv = self.kv(text).unflatten(2, (2, self.num_heads, self.rank))
+        return self.proj_drop(self.o(self._attend(q, kv)))
 
 
 class ResAdapter(Tuner):
