@@ -60,12 +60,12 @@ def alternate(jobs: list[Job], rounds: int) -> dict[str, list[float]]:
         contestants = {job.who: stack.enter_context(_Process(job)) for job in jobs}
         for contestant in contestants.values():  # they get ready at the same time
             contestant.answer()
-        units = 1
+        units = dict.fromkeys(order, 1)
         for number in range(rounds + 1):
             for name in order:
-                seconds[name].append(contestants[name].turn(units) / jobs[0].batch)
+                seconds[name].append(contestants[name].turn(units[name]) / jobs[0].batch)
             if not number:  # caches are cold after the others' turns, which would show in short ones
-                units = math.ceil(1 / min(contestant.turn(1) for contestant in contestants.values()))
+                units = {name: math.ceil(1 / contestants[name].turn(1)) for name in order}
             order.append(order.pop(0))  # nobody is always behind the same one
             shown = ", ".join(f"{n} {t[-1]:.3g} s" for n, t in seconds.items())
             say(f"  {f'round {number} of {rounds}' if number else 'warm-up'}: {shown}")

@@ -36,7 +36,9 @@ class TrainConfig:
     trigger_words: str = _option("", "words put before every caption, and written into the file")
     flip: bool = _option(False, "train on mirror images too")
     resolution: int | None = _option(None, "side of the training pictures in px; default: the base's own")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "default: accelerate's, else fp16 on GPU")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
+        None, "default: what is chosen for accelerate, else fp16 on a GPU"
+    )
     gradient_checkpointing: bool = _option(False, "less memory, more time")
     seed: int = _option(0, "of the tuner's start, the data order, and all noise")
     checkpoint_every: int = _option(200, "steps between checkpoints")

@@ -32,6 +32,20 @@ def processes_asked(name: str) -> int:
     return parser.parse_known_args(command[: names.index(name)])[0].num_processes
 
 
+def precision_chosen() -> bool:
+    """Whether a precision was chosen for Accelerate; `accelerate launch` says "no" where nobody has."""
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        return True
+    above = [parent.cmdline() for parent in psutil.Process().parents()]
+    launchers = [command for command in above if any("accelerate" in os.path.basename(part) for part in command[:3])]
+    if not launchers:
+        return "ACCELERATE_MIXED_PRECISION" in os.environ
+    from accelerate.commands.config.config_args import default_config_file
+
+    flags = {part.split("=")[0].replace("-", "_") for command in launchers for part in command}
+    return os.path.isfile(default_config_file) or bool(flags & {"__mixed_precision", "__config_file"})
+
+
 def replace_by(count: int, target: list[str], arguments: list[str]) -> None:
     """Replaces this process by `count` ones of `target`, a script or ["-m", module]. Does not return."""
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *target]

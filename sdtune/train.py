@@ -541,7 +541,7 @@ def _train(unet, mode: bool) -> None:
 
 def _accelerator(config: TrainConfig) -> Accelerator:
     precision = config.mixed_precision
-    if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
+    if precision is None and torch.cuda.is_available() and not launch.precision_chosen():
         precision = "fp16"
     AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
     try:

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdtune
-from sdtune import bases, data, objective, pipeline, store, train
+from sdtune import bases, data, launch, objective, pipeline, store, train
 
 
 def small(pairs, tmp_path, **changes):
@@ -320,3 +321,28 @@ def test_attention_in_fp32_changes_a_bf16_gradient_by_rounding_only():
     plain, fast = gradient(nullcontext), gradient(objective.CPUAttention)
     assert not torch.equal(plain, fast)
     assert (fast - exact).norm() <= 1.2 * (plain - exact).norm() < 0.3 * exact.norm()
+
+
+@pytest.mark.parametrize("environment, command, config, chosen", [
+    ({}, None, False, False),
+    ({"ACCELERATE_MIXED_PRECISION": "no"}, None, False, True),
+    ({"ACCELERATE_MIXED_PRECISION": "no"}, "python accelerate launch train_anime.py", False, False),
+    ({"ACCELERATE_MIXED_PRECISION": "no"}, "python -m accelerate.commands.launch train_anime.py", False, False),
+    ({"ACCELERATE_MIXED_PRECISION": "no"}, "python accelerate launch --mixed_precision=no x.py", False, True),
+    ({"ACCELERATE_MIXED_PRECISION": "no"}, "python accelerate launch --config-file a.yaml x.py", False, True),
+    ({"ACCELERATE_MIXED_PRECISION": "no"}, "python accelerate launch train_anime.py", True, True),
+    ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "python accelerate launch train_anime.py", False, True),
+])  # fmt: skip
+def test_the_precision_that_accelerate_takes_for_want_of_a_choice_is_no_choice(
+    environment, command, config, chosen, monkeypatch, tmp_path
+):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    above = ["bash", *([command] if command else [])]
+    parents = [SimpleNamespace(cmdline=lambda words=words: words.split()) for words in above]
+    monkeypatch.setattr(launch.psutil, "Process", lambda: SimpleNamespace(parents=lambda: parents))
+    file = tmp_path / "default_config.yaml"
+    file.touch() if config else None
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(file))
+    assert launch.precision_chosen() is chosen
