@@ -35,18 +35,18 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def lay_out(model: nn.Module) -> nn.Module:
-    """On a GPU, in half precision: frozen convolutions get their weights, and so give their results, in channels_last.
+    """On a GPU, in half precision: convolutions get their weights, and so give their results, in channels_last.
 
-    The GPU's quickest convolutions want that; otherwise they rearrange weights and pictures at each call. A trained
-    weight keeps its place: others may hold it.
+    The GPU's quickest convolutions want that; otherwise they rearrange weights and pictures at each call. The weights of
+    a LoRA keep their place: who trains them holds it.
     """
-    for module in model.modules():
-        weight = module.weight if isinstance(module, nn.Conv2d) else None
-        movable = weight is not None and weight.is_cuda and weight.dtype in HALF and not weight.requires_grad
+    for name, module in model.named_modules():
+        weight = module.weight if isinstance(module, nn.Conv2d) and "lora_" not in name else None
+        movable = weight is not None and weight.is_cuda and weight.dtype in HALF
         if (
             movable and weight.stride(1) != 1
         ):  # `contiguous` would leave those of 1x1 as they are, and so what they give
-            weight.data = torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)
+            weight.data = torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight.data)
     return model
 
 
