@@ -37,8 +37,8 @@ def plain(model: nn.Module) -> nn.Module:
 def lay_out(model: nn.Module) -> nn.Module:
     """On a GPU, in half precision: convolutions get their weights, and so give their results, in channels_last.
 
-    The GPU's quickest convolutions want that; otherwise they rearrange weights and pictures at each call. The weights of
-    a LoRA keep their place: who trains them holds it.
+    The GPU's quickest convolutions want that; otherwise they rearrange weights and pictures at each call. The weights
+    of a LoRA keep their place: who trains them holds it.
     """
     for name, module in model.named_modules():
         weight = module.weight if isinstance(module, nn.Conv2d) and "lora_" not in name else None
