@@ -42,10 +42,8 @@ def lay_out(model: nn.Module) -> nn.Module:
     """
     for name, module in model.named_modules():
         weight = module.weight if isinstance(module, nn.Conv2d) and "lora_" not in name else None
-        movable = weight is not None and weight.is_cuda and weight.dtype in HALF
-        if (
-            movable and weight.stride(1) != 1
-        ):  # `contiguous` would leave those of 1x1 as they are, and so what they give
+        if weight is not None and weight.is_cuda and weight.dtype in HALF and weight.stride(3) == 1:
+            # not `contiguous`, which leaves a 1x1 as it is, and so what it gives
             weight.data = torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight.data)
     return model
 
