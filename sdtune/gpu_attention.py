@@ -142,8 +142,10 @@ def _backward(
             k = _load(K, j, columns, kn, R, W, COLUMNS, EVEN)
             v = _load(V, j, columns, vn, R, W, COLUMNS, EVEN)
             p = tl.math.exp2(tl.dot(q, tl.trans(k)) * scale2 - sums[:, None])
+            if not EVEN:  # a score of zero may be far above the true ones, and then this is infinite
+                p = tl.where((j + tl.arange(0, COLUMNS) < columns)[None, :], p, 0.0)
             ds = p * (tl.dot(g, tl.trans(v)) - mean[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq)  # columns that there are not have a k of zero
+            dq = tl.dot(ds.to(k.dtype), k, dq)
         _store(DQ + b * dqb + h * dqh, dq * scale, first, rows, dqn, R, W, ROWS)
     else:
         first = (part - row_parts) * ROWS
