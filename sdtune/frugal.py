@@ -6,7 +6,6 @@ took, which is kept anyway. On Stable Diffusion 1.5's shape with Res-Attn that i
 fp32: the sizes of the tensors that its graph holds), less what is below `LEAST`.
 """
 
-from contextlib import nullcontext
 from functools import partial
 from weakref import WeakValueDictionary
 
@@ -23,8 +22,8 @@ LEAST = 2**20  # bytes of a tensor that is worth not keeping: the time that it c
 class Frugal(saved_tensors_hooks):
     """Within `with Frugal(unet):` a forward pass keeps less for its backward, whose gradients are the same bit for bit.
 
-    May be entered again and again. Trained layers are left as they are, so `unet` may have tuners and LoRAs; but not
-    a full fine-tuning, whose hooks change what a normalisation gives.
+    May be entered again and again; not for autocast. Trained layers are left as they are, so `unet` may have tuners and
+    LoRAs; but not a full fine-tuning, whose hooks change what a normalisation gives.
     """
 
     def __init__(self, unet: nn.Module):
@@ -60,13 +59,10 @@ class _Again:
     """Calls a function once more as it was called, but for its gradient."""
 
     def __init__(self, function, x: torch.Tensor):
-        device = x.device.type
-        self.function, self.x, self.mode = function, x.detach(), nullcontext
-        if torch.is_autocast_enabled(device):
-            self.mode = partial(torch.autocast, device, torch.get_autocast_dtype(device))
+        self.function, self.x = function, x.detach()
 
     def __call__(self) -> torch.Tensor:
-        with torch.no_grad(), self.mode():
+        with torch.no_grad():
             return self.function(self.x)
 
 

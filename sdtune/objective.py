@@ -106,8 +106,7 @@ class CPUAttention(TorchFunctionMode):
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs)
         dtype = (args[0] if args else kwargs["query"]).dtype
-        with torch.autocast("cpu", enabled=False):
-            return function(*map(_in_fp32, args), **{k: _in_fp32(v) for k, v in kwargs.items()}).to(dtype)
+        return function(*map(_in_fp32, args), **{k: _in_fp32(v) for k, v in kwargs.items()}).to(dtype)
 
 
 def _in_fp32(value):

@@ -88,8 +88,8 @@ def fit(
             due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
             if due:
                 trainer.settle()
-            told = on_step and len(trainer.losses) > known
-            asked = signal.SIGTERM if told and on_step(len(trainer.losses), trainer.losses[-1]) else 0
+            new = len(trainer.losses) > known
+            asked = signal.SIGTERM if on_step and new and on_step(len(trainer.losses), trainer.losses[-1]) else 0
             stop = trainer.anywhere(caught.number or asked)
             if due or stop:
                 trainer.checkpoint()
@@ -178,9 +178,7 @@ class _Trainer:
         self.settings |= {"processes": self.accelerator.num_processes}
         self.done, self.kept_step, self.losses = 0, 0, []
         self.heldout_losses: dict[int, list[float]] = {}  # step -> loss of each held-out picture
-        self.best: tuple[int, torch.Tensor] | None = (
-            None  # with stop_when: the step of the lowest held-out loss, its weights
-        )
+        self.best: tuple[int, torch.Tensor] | None = None  # with stop_when: of the lowest held-out loss, with its step
         self.good, self.good_step = self.weights.vector.detach().clone(), 0
         self.fine = torch.ones((), dtype=torch.bool, device=device)  # whether all losses have been finite
         self.ahead: tuple | None = None  # what the next step learns from
@@ -202,7 +200,7 @@ class _Trainer:
         predicts = self.scheduler.config.prediction_type
         say(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {predicts}")
         self.before: list = []  # the base's preview, drawn when the first comparison with it is due
-        _train(self.unet, True)
+        _set_mode(self.unet, training=True)
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
 
     def step(self) -> None:
@@ -521,22 +519,22 @@ class _Evaluating:
     def __enter__(self):
         pipe, self.random = self.trainer.pipe, torch.get_rng_state()
         self.trainer.weights.renew()
-        _train(pipe.unet, False)
+        _set_mode(pipe.unet, training=False)
         for module in (pipe.vae, pipe.text_encoder):
             module.to(self.trainer.accelerator.device)
 
     def __exit__(self, *_):
-        _train(self.trainer.pipe.unet, True)
+        _set_mode(self.trainer.pipe.unet, training=True)
         for module in (self.trainer.pipe.vae, self.trainer.pipe.text_encoder):
             module.to("cpu")
         torch.set_rng_state(self.random)
 
 
-def _train(unet, mode: bool) -> None:
-    """Sets the mode of what is trained alone: diffusers' layers copy pictures into another order when they train."""
+def _set_mode(unet, training: bool) -> None:
+    """Of what is trained alone: in training, diffusers' own layers would copy pictures into another order."""
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
-            module.train(mode)
+            module.train(training)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

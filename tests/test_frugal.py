@@ -26,28 +26,27 @@ def tuned(pipe, kind: str) -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
     return unet, parameters
 
 
-def loss(unet, within, autocast: bool = False) -> torch.Tensor:
+def loss(unet, within) -> torch.Tensor:
     random = torch.Generator().manual_seed(0)
     noisy = torch.randn(2, unet.config.in_channels, 16, 16, generator=random)
     states = torch.randn(2, 77, unet.config.cross_attention_dim, generator=random)
-    with within, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return (
-            unet(noisy.to(unet.dtype), torch.tensor([100, 700]), states.to(unet.dtype)).sample.float().square().mean()
-        )
+    with within:
+        found = unet(noisy.to(unet.dtype), torch.tensor([100, 700]), states.to(unet.dtype)).sample
+        return found.float().square().mean()
 
 
 @pytest.mark.parametrize("kind", ["res_attn", "res_adapter", "res_prefix", "lora", "dora"])
-@pytest.mark.parametrize("how", ["fp32", "bf16", "autocast", "checkpointing"])
+@pytest.mark.parametrize("how", ["fp32", "bf16", "checkpointing"])
 def test_gradients_are_the_same_bit_for_bit(pipe, kind, how):
     unet, parameters = tuned(pipe, kind)
     if how == "bf16":
         unet.to(torch.bfloat16)
     if how == "checkpointing":
         unet.enable_gradient_checkpointing()
-    plain = torch.autograd.grad(loss(unet, nullcontext(), how == "autocast"), parameters)
+    plain = torch.autograd.grad(loss(unet, nullcontext()), parameters)
     within = Frugal(unet)
     for _ in range(2):  # it may be entered again
-        found = torch.autograd.grad(loss(unet, within, how == "autocast"), parameters)
+        found = torch.autograd.grad(loss(unet, within), parameters)
         assert all(map(torch.equal, found, plain)) and all(gradient.any() for gradient in plain)
 
 

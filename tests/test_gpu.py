@@ -177,6 +177,22 @@ def test_the_narrow_attention_is_the_exact_one_but_for_rounding_gradient_include
 
 
 @pytest.mark.parametrize("kind", ["res_attn", "res_attn_text"])
+@pytest.mark.parametrize("rows, columns", [(64, None), (16, None), (100, 40), (64, 77), (4096, None)])
+@pytest.mark.parametrize("score", [-200, -30, 30])
+def test_rows_whose_scores_are_all_far_below_or_above_zero_have_a_gradient(rows, columns, score):
+    torch.manual_seed(0)
+    q, k, v, gradient = (torch.randn(1, n, 2, 4, device="cuda").half() for n in (rows, *[columns or rows] * 2, rows))
+    q[..., 0], k[..., 0] = abs(score) ** 0.5, abs(score) ** 0.5 * (1 if score > 0 else -1)
+    given = [torch.stack([q, k, v], 2)] if columns is None else [q[:, :, None], torch.stack([k, v], 2)]
+    exact = [x.double().requires_grad_() for x in given]
+    given = [x.requires_grad_() for x in given]
+    gpu_attention.attention(1.0, *given).backward(gradient)
+    q, k, v = (part.transpose(1, 2) for x in exact for part in x.unbind(2))
+    (q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).backward(gradient.double())
+    for own, true in zip(given, exact):
+        assert error(own.grad, true.grad) < 0.01
+
+
 def test_a_tuner_on_a_gpu_gives_what_it_gives_on_a_cpu(kind):
     torch.manual_seed(0)
     widths = tuners.Widths(dim=64, inner_dim=64, context_dim=48, text_dim=48)
