@@ -150,13 +150,14 @@ QUICKER = {nn.Linear: Linear, nn.GroupNorm: GroupNorm, activations.GEGLU: GEGLU}
 
 
 def on_gpu_in_half(x: torch.Tensor) -> bool:
-    """Whether Triton's kernels can take x: one on a GPU in half precision, not recorded, where there is Triton."""
-    return x.is_cuda and x.dtype in HALF and _has_triton() and not recorded()
+    """Whether kernels in Triton can take x: on a GPU in half precision, not compiled, where there is Triton."""
+    return x.is_cuda and x.dtype in HALF and _runs_triton(x.device) and not recorded()
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _runs_triton(device: torch.device) -> bool:
+    """PyTorch for GPUs brings Triton on Linux; it is made for NVIDIA's Ampere and later, and AMD's of those years."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

@@ -502,12 +502,16 @@ class _Weights:
     def renew(self) -> None:
         if self.copy is not None:
             self.copy.copy_(self.vector.detach())
+            self._forget()  # what a recording that failed may have left
 
     def gather(self) -> None:
         if self.copy is not None:
             self.vector.grad += torch.cat([p.grad.flatten() for p in self.used])
-            for p in self.used:
-                p.grad = None
+            self._forget()
+
+    def _forget(self) -> None:
+        for p in self.used:
+            p.grad = None
 
 
 class _Evaluating:

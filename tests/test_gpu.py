@@ -1,4 +1,4 @@
-"""What holds on a GPU, where work is recorded and pictures lie otherwise. Skipped where there is none."""
+"""What holds on a GPU, where work is recorded and pictures lie otherwise: pytest tests/test_gpu.py. Else skipped."""
 
 import copy
 import math
