@@ -13,13 +13,14 @@ import math
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -49,8 +50,10 @@ def say(text: str) -> None:
 # --------------------------------------------------------------------------------------- measuring
 
 
-def alternate(jobs: list[Job], rounds: int) -> dict[str, list[float]]:
+def alternate(jobs: list[Job], rounds: int) -> tuple[dict[str, list[float]], bool]:
     """Seconds per image of each contestant in each round, in which each has a turn of a second or a unit or more.
+
+    Stopped (Ctrl-C, SIGTERM) after a whole round, it gives what it has, and True.
 
     Raises:
         RuntimeError: with the last words of a contestant that fails.
@@ -60,16 +63,22 @@ def alternate(jobs: list[Job], rounds: int) -> dict[str, list[float]]:
         contestants = {job.who: stack.enter_context(_Process(job)) for job in jobs}
         for contestant in contestants.values():  # they get ready at the same time
             contestant.answer()
-        units = dict.fromkeys(order, 1)
-        for number in range(rounds + 1):
-            for name in order:
-                seconds[name].append(contestants[name].turn(units[name]) / jobs[0].batch)
-            if not number:  # caches are cold after the others' turns, which would show in short ones
-                units = {name: math.ceil(1 / contestants[name].turn(1)) for name in order}
-            order.append(order.pop(0))  # nobody is always behind the same one
-            shown = ", ".join(f"{n} {t[-1]:.3g} s" for n, t in seconds.items())
-            say(f"  {f'round {number} of {rounds}' if number else 'warm-up'}: {shown}")
-    return {name: spent[1:] for name, spent in seconds.items()}
+        units, stopped = dict.fromkeys(order, 1), False
+        try:
+            for number in range(rounds + 1):
+                for name in order:
+                    seconds[name].append(contestants[name].turn(units[name]) / jobs[0].batch)
+                if not number:  # caches are cold after the others' turns, which would show in short ones
+                    units = {name: math.ceil(1 / contestants[name].turn(1)) for name in order}
+                order.append(order.pop(0))  # nobody is always behind the same one
+                shown = ", ".join(f"{n} {t[-1]:.3g} s" for n, t in seconds.items())
+                say(f"  {f'round {number} of {rounds}' if number else 'warm-up'}: {shown}")
+        except KeyboardInterrupt:
+            stopped = True
+    whole = min(map(len, seconds.values()))
+    if whole < 2:
+        raise KeyboardInterrupt
+    return {name: spent[1:whole] for name, spent in seconds.items()}, stopped
 
 
 def _command(spec: dict, processes: int = 1) -> list[str]:
@@ -93,7 +102,14 @@ class _Process:
         command = _command({"job": asdict(job)})
         with self.words.open("w") as words:
             self.process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=words, text=True, bufsize=1, env=_environment(job)
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=words,
+                text=True,
+                bufsize=1,
+                env=_environment(job),
+                start_new_session=True,  # what stops this process must not reach them first
             )
 
     def __enter__(self):
@@ -195,7 +211,7 @@ def alone(job: Job, processes: int = 1) -> dict:
     spec = {"job": asdict(job), "result": str(result), "started": time.time()}
     done = subprocess.run(
         _command(spec, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env=_environment(job),
+        env=_environment(job), start_new_session=True,
     )  # fmt: skip
     if result.exists():
         return json.loads(result.read_text())
@@ -232,18 +248,18 @@ def _time(run: Callable[[], None], times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
-def measure_alternating(job: Job, options) -> list[dict]:
+def measure_alternating(job: Job, options) -> Iterator[dict]:
     """Seconds per image of each contestant, and the ratio to the one that sets the mark, round by round."""
     job = replace(job, data=_repeated(job, math.lcm(*options.batch)))  # few pictures, in whole batches
     training = job.part == "train"
-    mark, rows = FLOOR if training else BASE, []
+    mark = FLOOR if training else BASE
     for batch in options.batch if training else options.batch[:1]:
         jobs = [replace(job, who=name, batch=batch) for name in CONTESTANTS[job.part]]
         try:
-            seconds = alternate(jobs, options.rounds)
+            seconds, stopped = alternate(jobs, options.rounds)
         except RuntimeError as error:
             say(f"  failed: {error}")
-            rows.append({"batch": batch, "contestant": "all", "error": str(error)})
+            yield {"batch": batch, "contestant": "all", "error": str(error)}
             continue
         for one in jobs:
             own = np.array(seconds[one.who])
@@ -253,11 +269,12 @@ def measure_alternating(job: Job, options) -> list[dict]:
             # ratios within each round: what slows a whole round down cancels
             row[f"x {mark}"] = float(np.median(own / seconds[mark]))
             row |= {"speed x reference": float(np.median(seconds[REFERENCE] / own))} if training else {}
-            rows.append(row | {"who": one.who, "seconds": seconds[one.who]})
-    return rows
+            yield row | {"who": one.who, "seconds": seconds[one.who]}
+        if stopped:
+            raise KeyboardInterrupt
 
 
-def measure_memory(job: Job, options) -> list[dict]:
+def measure_memory(job: Job, options) -> Iterator[dict]:
     """Start-up and time per image in seconds, and memory in MB beyond what the imports take, of each contestant alone.
 
     `loaded` is in use between two steps or pictures, `working` is what one needs on top, `peak` is both, and `whole`
@@ -267,7 +284,6 @@ def measure_memory(job: Job, options) -> list[dict]:
     jobs = [replace(job, who=name, batch=batch) for batch in options.batch for name in CONTESTANTS["train"]]
     jobs += [replace(job, who=RES_ATTN, checkpointing=True)]
     jobs += [replace(job, part="draw", who=name, repeat=1) for name in CONTESTANTS["draw"]]  # pictures take long
-    rows = []
     for one, found in ((one, alone(one)) for one in jobs):
         row = {"what": one.part, "batch": one.batch, "contestant": one.label, "error": found.get("error")}
         if "error" not in found:
@@ -276,11 +292,10 @@ def measure_memory(job: Job, options) -> list[dict]:
             row["s/image"] = statistics.median(found["seconds"]) / one.batch
             row |= {name: found[name] / 1e6 for name in ("loaded", "peak", "whole")}
             row["working"] = row["peak"] - row["loaded"]
-        rows.append(row | {"who": one.who, "checkpointing": one.checkpointing})
-    return rows
+        yield row | {"who": one.who, "checkpointing": one.checkpointing}
 
 
-def measure_imports(job: Job, options) -> list[dict]:
+def measure_imports(job: Job, options) -> Iterator[dict]:
     """Seconds of a Python process, and those beyond one that only imports torch."""
     commands = {"import torch": ["-c", "import torch"], "import sdtune": ["-c", "import torch, sdtune"],
                 "train_anime.py --help": [str(ROOT / "train_anime.py"), "--help"]}  # fmt: skip
@@ -288,16 +303,15 @@ def measure_imports(job: Job, options) -> list[dict]:
              for name, command in commands.items()}  # fmt: skip
     rounds = [[_time(run) for run in start.values()] for _ in range(options.rounds)]
     medians = [statistics.median(spent) for spent in zip(*rounds)]
-    return [{"command": name, "s": m, "beyond torch": m - medians[0]} for name, m in zip(start, medians)]
+    yield from ({"command": name, "s": m, "beyond torch": m - medians[0]} for name, m in zip(start, medians))
 
 
-def measure_scale(job: Job, options) -> list[dict]:
+def measure_scale(job: Job, options) -> Iterator[dict]:
     """How our training with Res-Attn grows, one thing at a time; what does not fit shows its error."""
     job = replace(job, part="train", who=RES_ATTN)
     most = torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count()
     kinds = {"batch": (1, 2, 4, 8), "resolution": [job.resolution * n // 2 for n in (1, 2, 3, 4)],
              "images": (30, 300, 3000), "processes": [n for n in (1, 2, 4, 8) if n <= most]}  # fmt: skip
-    rows = []
     for kind, value in ((kind, value) for kind, values in kinds.items() for value in values):
         say(f"scale: {kind} {value}")
         one = replace(job, data=_repeated(job, value)) if kind == "images" else job
@@ -309,8 +323,7 @@ def measure_scale(job: Job, options) -> list[dict]:
             row["s/image"] = statistics.median(found["seconds"]) / one.batch / processes
             row |= {name: found[name] for name in ("reading", "encoding")}
             row |= {f"{name} MB": found[name] / 1e6 for name in ("loaded", "peak")}
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _repeated(job: Job, count: int) -> str:
@@ -327,14 +340,12 @@ def _repeated(job: Job, count: int) -> str:
     return str(folder)
 
 
-def measure_finish(job: Job, options) -> list[dict]:
+def measure_finish(job: Job, options) -> Iterator[dict]:
     """Seconds from the start of a process to the end of a whole run with default settings, and parts of them."""
-    rows = []
     job = replace(job, repeat=2 if options.quick else 300, default_previews=True)
     for one, found in ((one, alone(one)) for one in (replace(job, who=name) for name in (REFERENCE, RES_ATTN, LORA))):
         row = {"contestant": one.label, "batch": one.batch, "steps": one.repeat, "s in all": found.get("total")}
-        rows.append(row | {name: found.get(name, 0.0) for name in ONCE} | {"error": found.get("error")})
-    return rows
+        yield row | {name: found.get(name, 0.0) for name in ONCE} | {"error": found.get("error")}
 
 
 PARTS = {
@@ -458,6 +469,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     base = sd15_shape() if options.base == "sd15-shape" else options.base
     native, where, found = bases.native_resolution(base), machine(), {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what `timeout` sends: it is over, and told as such
     with tempfile.TemporaryDirectory() as work:
         job = Job(
             "train", RES_ATTN, base, str(ROOT / "assets/anime"), work,
@@ -469,13 +481,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"base {options.base}, {job.resolution} px, precision {job.precision}, {options.rounds} rounds")
         for part in options.parts or ("train", "draw", "memory", "imports"):
             say(f"{part}: {PARTS[part][1]}")
+            found[part], stopped = [], False
             try:
-                found[part] = PARTS[part][0](replace(job, part=part), options)
+                for row in PARTS[part][0](replace(job, part=part), options):
+                    found[part].append(row)
             except KeyboardInterrupt:
+                stopped = True
                 say(f"stopped in {part}; the report is on what came before")
-                break
             steps = f", {job.draw_steps} sampling steps" if part == "draw" else ""
             print(f"\n**{part}**: {PARTS[part][1]}{steps}\n\n{table(found[part])}", flush=True)
+            if stopped:
+                break
     verdicts = judge(found, cuda)
     print(f"\n**targets**\n\n{table(verdicts)}")
     if options.json:

@@ -1,6 +1,8 @@
 """That the benchmark runs and reports; how fast anything is depends on the machine and is tested nowhere."""
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -42,6 +44,37 @@ def test_only_what_trains_with_us_and_the_floor_has_the_heap_of_train_anime(tmp_
     calm = [(part, who) for part, names in bench.CONTESTANTS.items() for who in names
             if "CALM" in bench._environment(job(tmp_path, part=part, who=who))]  # fmt: skip
     assert calm == [("train", bench.RES_ATTN), ("train", bench.LORA), ("train", bench.FLOOR)]
+
+
+def test_a_bench_that_is_stopped_reports_the_rounds_that_were_whole(monkeypatch, capsys):
+    turns = iter([*[0.5] * 8, *[0.4, 0.2, 0.2, 0.2], *[0.6, 0.2, 0.2, 0.1], 0.1])
+
+    class Contestant:
+        def __init__(self, job):
+            self.answer = lambda: "ready"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def turn(self, units):
+            seconds = next(turns, None)
+            if seconds is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return seconds
+
+    monkeypatch.setattr(bench, "_Process", Contestant)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert bench.main(["train", "draw", "--batch", "1", "--resolution", "64", "--rounds", "7"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    told = capsys.readouterr()
+    assert "stopped in train" in told.err and "draw:" not in told.err
+    rows = [line.split(" | ") for line in told.out.splitlines() if line.startswith("| 1 | ")]
+    assert [float(row[2]) for row in rows] == [0.2, 0.25, 0.4, 0.2]  # of two rounds, which begin in turns
 
 
 def test_any_tuner_can_be_measured_alone(tmp_path):
