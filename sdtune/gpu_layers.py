@@ -115,21 +115,9 @@ def _normalise(
 
 @triton.jit
 def _scaled(
-    X,
-    W,
-    G,
-    M,
-    eps,
-    pixels,
-    groups,
-    at,
-    there,
-    channels,
-    inside,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    X, W, G, M, eps, pixels, groups, at, there, channels, inside,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """x without mean and scale, its gradient, and 1 / standard deviation."""
     mean, inverse = _all_moments(M, pixels, eps, WIDTH, ROWS, PARTS)
     x = (tl.load(X + at, there, 0.0).to(tl.float32) - mean) * inverse
