@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from . import attach, frozen, replay
+from . import attach, frozen, launch, replay
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def draw_cells(
 ) -> list:
     """Draws all cells, in as few UNet passes as their guidance and adapters allow; the pipe is left as it was.
 
+    Without a GPU, this process from now on keeps what it frees (`launch.keep_freed_memory`).
+
     Args:
         size: side in pixels; by default the base's own.
         batch: most pictures in one pass; by default as many as 16 of 256 px would be.
@@ -99,6 +101,7 @@ def draw_cells(
             on_step(done, total)
         return {}
 
+    launch.keep_freed_memory()
     for model in (pipe.unet, pipe.vae):
         frozen.lay_out(model)
     silent = dict(getattr(pipe, "_progress_bar_config", {}))

@@ -74,7 +74,8 @@ def restart_with_calm_heap() -> None:
 def keep_freed_memory() -> None:
     """Lets this process keep what it frees, for the next step; where there is no GPU, and the C library is glibc's.
 
-    Large blocks would go back to the system at once, which clears them page by page when they are next needed.
+    Large blocks would go back to the system at once, which clears them page by page when they are next needed. In
+    drawing with Stable Diffusion 1.5's shape that is an eighth to a quarter of the time.
     """
     import torch
 
