@@ -68,7 +68,8 @@ def draw_cells(
 ) -> list:
     """Draws all cells, in as few UNet passes as their guidance and adapters allow; the pipe is left as it was.
 
-    Without a GPU, this process from now on keeps what it frees (`launch.keep_freed_memory`).
+    But without a GPU this process from now on keeps what it frees (`launch.keep_freed_memory`), and on one the weights
+    of convolutions lie as they are quickest from now on (`frozen.lay_out`).
 
     Args:
         size: side in pixels; by default the base's own.

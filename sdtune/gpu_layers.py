@@ -100,29 +100,24 @@ def _moments(X, M, pixels, groups, WIDTH: tl.constexpr, PADDED: tl.constexpr, RO
 
 
 @triton.jit
+def _scaled(
+    X, W, M, eps, pixels, at, there, channels, inside, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
+):
+    """x without mean and scale, its weights, and 1 / standard deviation."""
+    mean, inverse = _all_moments(M, pixels, eps, WIDTH, ROWS, PARTS)
+    x = (tl.load(X + at, there, 0.0).to(tl.float32) - mean) * inverse
+    return x, tl.load(W + channels, inside, 0.0).to(tl.float32)[None, :], inverse
+
+
+@triton.jit
 def _normalise(
     X, W, B, Y, M, eps, pixels, groups,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     at, there, channels, inside = _place(pixels, groups, WIDTH, PADDED, ROWS)
-    mean, inverse = _all_moments(M, pixels, eps, WIDTH, ROWS, PARTS)
-    x = tl.load(X + at, there, 0.0).to(tl.float32)
-    weight = tl.load(W + channels, inside, 0.0).to(tl.float32)
+    x, weight, _ = _scaled(X, W, M, eps, pixels, at, there, channels, inside, WIDTH, ROWS, PARTS)
     bias = tl.load(B + channels, inside, 0.0).to(tl.float32)
-    y = (x - mean) * inverse * weight[None, :] + bias[None, :]
-    tl.store(Y + at, y.to(Y.dtype.element_ty), there)
-
-
-@triton.jit
-def _scaled(
-    X, W, G, M, eps, pixels, groups, at, there, channels, inside,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """x without mean and scale, its gradient, and 1 / standard deviation."""
-    mean, inverse = _all_moments(M, pixels, eps, WIDTH, ROWS, PARTS)
-    x = (tl.load(X + at, there, 0.0).to(tl.float32) - mean) * inverse
-    weight = tl.load(W + channels, inside, 0.0).to(tl.float32)
-    return x, tl.load(G + at, there, 0.0).to(tl.float32) * weight[None, :], inverse
+    tl.store(Y + at, (x * weight + bias[None, :]).to(Y.dtype.element_ty), there)
 
 
 @triton.jit
@@ -132,7 +127,8 @@ def _sums(
 ):  # fmt: skip
     """Of each part: the sum of the gradient, and of the gradient times x."""
     at, there, channels, inside = _place(pixels, groups, WIDTH, PADDED, ROWS)
-    x, g, _ = _scaled(X, W, G, M, eps, pixels, groups, at, there, channels, inside, WIDTH, ROWS, PARTS)
+    x, weight, _ = _scaled(X, W, M, eps, pixels, at, there, channels, inside, WIDTH, ROWS, PARTS)
+    g = tl.load(G + at, there, 0.0).to(tl.float32) * weight
     own = S + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 2
     tl.store(own, tl.sum(g))
     tl.store(own + 1, tl.sum(g * x))
@@ -144,7 +140,8 @@ def _differentiate(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     at, there, channels, inside = _place(pixels, groups, WIDTH, PADDED, ROWS)
-    x, g, inverse = _scaled(X, W, G, M, eps, pixels, groups, at, there, channels, inside, WIDTH, ROWS, PARTS)
+    x, weight, inverse = _scaled(X, W, M, eps, pixels, at, there, channels, inside, WIDTH, ROWS, PARTS)
+    g = tl.load(G + at, there, 0.0).to(tl.float32) * weight
     every, total = tl.arange(0, PARTS), (pixels * WIDTH).to(tl.float32)
     own = S + (tl.program_id(1) * tl.num_programs(0) + every) * 2
     of_g = tl.sum(tl.load(own, every < tl.num_programs(0), 0.0)) / total

@@ -18,10 +18,9 @@ def processes_asked(name: str) -> int:
     Args:
         name: of the script or module that was launched, without folders.
     """
-    parent = psutil.Process().parent()
-    command = parent.cmdline() if parent else []
+    command = _launcher()
     names = [os.path.basename(part) for part in command]
-    if name not in names or not any("accelerate" in part for part in command) or "WORLD_SIZE" in os.environ:
+    if name not in names or "WORLD_SIZE" in os.environ:
         return 1
     import torch
 
@@ -32,17 +31,23 @@ def processes_asked(name: str) -> int:
     return parser.parse_known_args(command[: names.index(name)])[0].num_processes
 
 
+def _launcher() -> list[str]:
+    """The command of the `accelerate launch` that started this process; empty where none did."""
+    parent = psutil.Process().parent()
+    command = parent.cmdline() if parent else []
+    return command if any("accelerate" in part for part in command) else []
+
+
 def precision_chosen() -> bool:
     """Whether a precision was chosen for Accelerate; `accelerate launch` says "no" where nobody has."""
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         return True
-    above = [parent.cmdline() for parent in psutil.Process().parents()]
-    launchers = [command for command in above if any("accelerate" in os.path.basename(part) for part in command[:3])]
-    if not launchers:
+    command = _launcher()
+    if not command:
         return "ACCELERATE_MIXED_PRECISION" in os.environ
     from accelerate.commands.config.config_args import default_config_file
 
-    flags = {part.split("=")[0].replace("-", "_") for command in launchers for part in command}
+    flags = {part.split("=")[0].replace("-", "_") for part in command}
     return os.path.isfile(default_config_file) or bool(flags & {"__mixed_precision", "__config_file"})
 
 

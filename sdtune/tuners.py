@@ -21,7 +21,6 @@ from torch import nn
 # CUDA's fused attention kernels want heads whose width is a multiple of this. Zero columns in q, k and v change neither
 # q.k (the scale is given explicitly) nor the first `rank` columns of the result, so padding is exact.
 _HEAD_DIM = {"cuda": 8}
-_NARROW = 16  # the widest heads of `gpu_attention`
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,14 @@ class ResAttn(Tuner):
     def _attend(self, *projected: torch.Tensor) -> torch.Tensor:
         """q, k and v, packed as (B, N, 3, num_heads, rank), or in several such -> (B, N, num_heads * rank)."""
         dropout = self.attn_drop if self.training else 0.0
-        if projected[0].is_cuda and self.rank <= _NARROW and not dropout:
+        if projected[0].is_cuda and not dropout:
             from .frozen import on_gpu_in_half  # imports diffusers, for which --help would have to wait
 
             if all(map(on_gpu_in_half, projected)):
                 from . import gpu_attention  # imports Triton, which is not everywhere
 
-                return gpu_attention.attention(self.scale, *projected).flatten(2)
+                if self.rank <= gpu_attention.WIDEST:
+                    return gpu_attention.attention(self.scale, *projected).flatten(2)
         q, k, v = (part.transpose(1, 2) for x in projected for part in _widened(x).unbind(2))
         if q.device.type == "cpu" and not dropout:
             from . import narrow  # imports Numba, which nothing else here needs

@@ -338,9 +338,8 @@ def test_the_precision_that_accelerate_takes_for_want_of_a_choice_is_no_choice(
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    above = ["bash", *([command] if command else [])]
-    parents = [SimpleNamespace(cmdline=lambda words=words: words.split()) for words in above]
-    monkeypatch.setattr(launch.psutil, "Process", lambda: SimpleNamespace(parents=lambda: parents))
+    parent = SimpleNamespace(cmdline=lambda: (command or "bash").split())
+    monkeypatch.setattr(launch.psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
     file = tmp_path / "default_config.yaml"
     file.touch() if config else None
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(file))
