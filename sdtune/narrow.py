@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from llvmlite import ir
 from numba import types
+from numba.cpython.unsafe.tuple import tuple_setitem
 from numba.extending import intrinsic
 from torch.autograd.function import once_differentiable
 
@@ -40,7 +41,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
         result, sums = _empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32)
-        call(_forward, _width(q), scale, q.float(), *map(_columns, (k, v)), result, sums)
+        call(_forward, _zeros(q), scale, q.float(), *map(_columns, (k, v)), result, sums)
         ctx.save_for_backward(q, k, v, result, sums)
         ctx.scale = scale
         return result.to(q.dtype)
@@ -52,13 +53,13 @@ class _Attention(torch.autograd.Function):
         found = [_empty_like(x) for x in (q, k, v)]
         columns = tuple(map(_columns, (q, k, v, gradient)))
         taken = (q.float(), k.float(), v.float(), columns, result, sums, gradient.float())
-        call(_backward, _width(q), ctx.scale, *taken, *found)
+        call(_backward, _zeros(q), ctx.scale, *taken, *found)
         return *(g.to(x.dtype) for g, x in zip(found, (q, k, v))), None
 
 
-def _width(x: torch.Tensor) -> tuple[int, ...]:
-    """As long as a head is wide: the length of a tuple is known when the loops are compiled."""
-    return (0,) * x.shape[-1]
+def _zeros(x: torch.Tensor) -> tuple[float, ...]:
+    """As many as a head is wide: the length of a tuple is known when the loops are compiled."""
+    return (0.0,) * x.shape[-1]
 
 
 def _columns(x: torch.Tensor) -> torch.Tensor:
@@ -102,20 +103,34 @@ def _exp2(x):
 
 
 @inner
-def _dot(a, b):
+def _product(row, columns, j):
+    """Of a row, a tuple, and column j of (rank, N)."""
     total = fp32(0)
-    for j in range(len(a)):
-        total += a[j] * b[j]
+    for r in range(len(row)):
+        total += row[r] * columns[r, j]
     return total
 
 
 @inner
-def _product(row, columns, j, rank):
-    """Of a row (rank,) and column j of (rank, N)."""
-    total = fp32(0)
-    for r in range(rank):
-        total += row[r] * columns[r, j]
-    return total
+def _row(zeros, rows, i, scale):
+    """Row i of (N, rank) times scale, as a tuple, which the loops below keep in registers."""
+    for r in range(len(zeros)):
+        zeros = tuple_setitem(zeros, r, rows[i, r] * scale)
+    return zeros
+
+
+@inner
+def _plus(totals, factor, columns, j):
+    """Totals, a tuple, and factor times column j of (rank, N)."""
+    for r in range(len(totals)):
+        totals = tuple_setitem(totals, r, totals[r] + factor * columns[r, j])
+    return totals
+
+
+@inner
+def _put(to, i, row, scale):
+    for r in range(len(row)):
+        to[i, r] = row[r] * scale
 
 
 @inner
@@ -131,36 +146,36 @@ def _blocks(count):
 
 
 @part
-def _some_rows(part, parts, width, scale, q, keys, values, result, sums):
+def _some_rows(part, parts, zeros, scale, q, keys, values, result, sums):
     """Fills the result (B, H, N, R), and sums (B, H, N): log2 of each row's sum of exponentials.
 
     Keys and values are columns, (B, H, R, M): what the inner loops run along.
     """
     batch, heads, count, _ = q.shape
-    rank, scale = len(width), scale * _LOG2_E
-    qi, p = np.empty(rank, np.float32), np.empty(keys.shape[3], np.float32)
+    others, scale = keys.shape[3], scale * _LOG2_E
     for task in own_share(part, parts, batch * heads * _blocks(count)):
         b, h, first, last = _place(task, heads, count)
         kh, vh, longest = keys[b, h], values[b, h], fp32(0)
-        for j in range(len(p)):
+        for j in range(others):
             length = fp32(0)
-            for r in range(rank):
+            for r in range(len(zeros)):
                 length += kh[r, j] * kh[r, j]
             longest = max(longest, length)
         for i in range(first, last):
-            for r in range(rank):
-                qi[r] = q[b, h, i, r] * scale
-            top = np.sqrt(_dot(qi, qi) * longest)  # no score is above it (Cauchy, Schwarz)
+            qi, length = _row(zeros, q[b, h], i, scale), fp32(0)
+            for r in range(len(zeros)):
+                length += qi[r] * qi[r]
+            top = np.sqrt(length * longest)  # no score is above it (Cauchy, Schwarz)
             if not top <= _SAFE:  # too far above them for exp2, maybe
                 top = -fp32(np.inf)
-                for j in range(len(p)):
-                    top = max(top, _product(qi, kh, j, rank))
-            total = fp32(0)
-            for j in range(len(p)):
-                p[j] = _exp2(_product(qi, kh, j, rank) - top)
-                total += p[j]
-            for r in range(rank):
-                result[b, h, i, r] = _dot(p, vh[r]) / total
+                for j in range(others):
+                    top = max(top, _product(qi, kh, j))
+            total, weighted = fp32(0), zeros
+            for j in range(others):
+                p = _exp2(_product(qi, kh, j) - top)
+                total += p
+                weighted = _plus(weighted, p, vh, j)
+            _put(result[b, h], i, weighted, fp32(1) / total)
             sums[b, h, i] = top + np.log2(total)
 
 
@@ -170,51 +185,48 @@ def _forward(threads, *arguments):
 
 
 @part
-def _some_of_q(part, parts, width, scale, q, keys, values, result, sums, gradient, along, of_q):
+def _some_of_q(part, parts, zeros, scale, q, keys, values, result, sums, gradient, along, of_q):
     """Fills the gradient of q, and along (B, H, N): the result times its gradient."""
     batch, heads, count, _ = q.shape
-    rank, to_log2 = len(width), scale * _LOG2_E
-    qi, di, of_score = np.empty(rank, np.float32), np.empty(rank, np.float32), np.empty(keys.shape[3], np.float32)
+    to_log2 = scale * _LOG2_E
     for task in own_share(part, parts, batch * heads * _blocks(count)):
         b, h, first, last = _place(task, heads, count)
         kh, vh = keys[b, h], values[b, h]
         for i in range(first, last):
-            product, total = fp32(0), sums[b, h, i]
-            for r in range(rank):
-                qi[r], di[r] = q[b, h, i, r] * to_log2, gradient[b, h, i, r]
+            qi, di = _row(zeros, q[b, h], i, to_log2), _row(zeros, gradient[b, h], i, fp32(1))
+            product, total, of_qi = fp32(0), sums[b, h, i], zeros
+            for r in range(len(zeros)):
                 product += di[r] * result[b, h, i, r]
             along[b, h, i] = product
-            for j in range(len(of_score)):
-                of_score[j] = _exp2(_product(qi, kh, j, rank) - total) * (_product(di, vh, j, rank) - product)
-            for r in range(rank):
-                of_q[b, h, i, r] = _dot(of_score, kh[r]) * scale
+            for j in range(keys.shape[3]):
+                of_score = _exp2(_product(qi, kh, j) - total) * (_product(di, vh, j) - product)
+                of_qi = _plus(of_qi, of_score, kh, j)
+            _put(of_q[b, h], i, of_qi, scale)
 
 
 @part
-def _some_of_k_and_v(part, parts, width, scale, queries, k, v, sums, gradients, along, of_k, of_v):
+def _some_of_k_and_v(part, parts, zeros, scale, queries, k, v, sums, gradients, along, of_k, of_v):
     """Fills the gradients of k and v; queries and gradients are columns."""
     batch, heads, others, _ = k.shape
-    count, rank, to_log2 = queries.shape[3], len(width), scale * _LOG2_E
-    kj, vj = np.empty(rank, np.float32), np.empty(rank, np.float32)
-    p, of_score = np.empty(count, np.float32), np.empty(count, np.float32)
+    to_log2 = scale * _LOG2_E
     for task in own_share(part, parts, batch * heads * _blocks(others)):
         b, h, first, last = _place(task, heads, others)
         qh, dh, sh, ah = queries[b, h], gradients[b, h], sums[b, h], along[b, h]
         for j in range(first, last):
-            for r in range(rank):
-                kj[r], vj[r] = k[b, h, j, r] * to_log2, v[b, h, j, r]
-            for i in range(count):
-                p[i] = _exp2(_product(kj, qh, i, rank) - sh[i])
-                of_score[i] = p[i] * (_product(vj, dh, i, rank) - ah[i])
-            for r in range(rank):
-                of_k[b, h, j, r] = _dot(of_score, qh[r]) * scale
-                of_v[b, h, j, r] = _dot(p, dh[r])
+            kj, vj = _row(zeros, k[b, h], j, to_log2), _row(zeros, v[b, h], j, fp32(1))
+            of_kj, of_vj = zeros, zeros
+            for i in range(queries.shape[3]):
+                p = _exp2(_product(kj, qh, i) - sh[i])
+                of_kj = _plus(of_kj, p * (_product(vj, dh, i) - ah[i]), qh, i)
+                of_vj = _plus(of_vj, p, dh, i)
+            _put(of_k[b, h], j, of_kj, scale)
+            _put(of_v[b, h], j, of_vj, fp32(1))
 
 
 @outer
-def _backward(threads, width, scale, q, k, v, columns, result, sums, gradient, of_q, of_k, of_v):
+def _backward(threads, zeros, scale, q, k, v, columns, result, sums, gradient, of_q, of_k, of_v):
     """Fills the gradients of q, k and v from that of the result; columns are of q, k, v and it."""
     queries, keys, values, gradients = columns
     along = np.empty(sums.shape, np.float32)
-    share(_some_of_q, threads, (width, scale, q, keys, values, result, sums, gradient, along, of_q))
-    share(_some_of_k_and_v, threads, (width, scale, queries, k, v, sums, gradients, along, of_k, of_v))
+    share(_some_of_q, threads, (zeros, scale, q, keys, values, result, sums, gradient, along, of_q))
+    share(_some_of_k_and_v, threads, (zeros, scale, queries, k, v, sums, gradients, along, of_k, of_v))
