@@ -176,7 +176,6 @@ def test_the_narrow_attention_is_the_exact_one_but_for_rounding_gradient_include
         assert error(own.grad, true.grad) < 2 * unit
 
 
-@pytest.mark.parametrize("kind", ["res_attn", "res_attn_text"])
 @pytest.mark.parametrize("rows, columns", [(64, None), (16, None), (100, 40), (64, 77), (4096, None)])
 @pytest.mark.parametrize("score", [-200, -30, 30])
 def test_rows_whose_scores_are_all_far_below_or_above_zero_have_a_gradient(rows, columns, score):
@@ -193,6 +192,7 @@ def test_rows_whose_scores_are_all_far_below_or_above_zero_have_a_gradient(rows,
         assert error(own.grad, true.grad) < 0.01
 
 
+@pytest.mark.parametrize("kind", ["res_attn", "res_attn_text"])
 def test_a_tuner_on_a_gpu_gives_what_it_gives_on_a_cpu(kind):
     torch.manual_seed(0)
     widths = tuners.Widths(dim=64, inner_dim=64, context_dim=48, text_dim=48)
