@@ -1,8 +1,8 @@
 """Layers of frozen models that compute what they did, but for rounding, in less time.
 
-On a CPU in fp32 these are linear layers and convolutions; on a GPU in half precision group norms, of pictures that lie
-as `lay_out` lets them, and GEGLU. Nowhere else anything changes: not in other precisions, where weights are trained, or
-in what is saved.
+On a CPU in fp32 these are linear layers and convolutions; on a GPU in half precision group norms, with the SiLU behind
+them, of pictures that lie as `lay_out` lets them, and GEGLU. Nowhere else anything changes: not in other precisions,
+where weights are trained, or in what is saved.
 """
 
 from functools import cache
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import activations
+from diffusers.models import activations, resnet
 from llvmlite import binding
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -19,17 +19,16 @@ from torch.autograd.function import once_differentiable
 def quicken(model: nn.Module) -> nn.Module:
     """Turns a model's layers into those that are below, where there is one; gives the model."""
     for module in model.modules():
-        if type(module) in QUICKER:
-            module.__class__ = QUICKER[type(module)]
-        elif type(module) is nn.Conv2d and all(getattr(module, k) == v for k, v in Convolution.SETTINGS.items()):
-            module.__class__ = Convolution
+        quicker = QUICKER.get(type(module))
+        if quicker and all(getattr(module, name) == value for name, value in getattr(quicker, "SETTINGS", {}).items()):
+            module.__class__ = quicker
     return model
 
 
 def plain(model: nn.Module) -> nn.Module:
     """Undoes `quicken`."""
     for module in model.modules():
-        if type(module) in (Convolution, *QUICKER.values()):
+        if type(module) in QUICKER.values():
             module.__class__ = type(module).__base__
     return model
 
@@ -121,18 +120,42 @@ class GroupNorm(nn.GroupNorm):
     """A group norm that PyTorch computes in one order of a picture's numbers only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._quicker(x):
-            from . import gpu_layers  # imports Triton, which is not everywhere
+        return self._compute(x) if self._quicker(x) else super().forward(x)
 
-            return gpu_layers.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        return super().forward(x)
+    def _compute(self, x: torch.Tensor, silu: bool = False) -> torch.Tensor:
+        from . import gpu_layers  # imports Triton, which is not everywhere
+
+        return gpu_layers.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
 
     def _quicker(self, x: torch.Tensor) -> bool:
         if not on_gpu_in_half(x) or x.dim() != 4 or self.weight is None:
             return False
         trained = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
         lies_right = x.is_contiguous(memory_format=torch.channels_last) and x[0, 0].numel() > 1
-        return lies_right and self.weight.dtype == x.dtype and not trained
+        here = self.weight.dtype == x.dtype and self.weight.device == x.device  # an offloaded one is elsewhere
+        return lies_right and here and not trained
+
+
+class ResnetBlock2D(resnet.ResnetBlock2D):
+    """diffusers' block of its usual settings: nothing is divided by 1, and a norm is one with the SiLU behind it."""
+
+    SETTINGS = dict(upsample=None, downsample=None, time_embedding_norm="default", skip_time_act=False,
+                    output_scale_factor=1.0)  # fmt: skip
+
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args, **kwargs) -> torch.Tensor:
+        if args or kwargs:
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        x = self.conv1(self._activated(self.norm1, input_tensor))
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        x = x if temb is None else x + temb
+        x = self.conv2(self.dropout(self._activated(self.norm2, x)))
+        return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + x
+
+    def _activated(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The nonlinearity of the norm of x. A tuner may have a hook on the norm, which changes what it gives."""
+        usual = type(norm) is GroupNorm and type(self.nonlinearity) is nn.SiLU and not norm._forward_hooks
+        return norm._compute(x, silu=True) if usual and norm._quicker(x) else self.nonlinearity(norm(x))
 
 
 class GEGLU(activations.GEGLU):
@@ -146,7 +169,8 @@ class GEGLU(activations.GEGLU):
         return gpu_layers.gated(self.proj(hidden_states))
 
 
-QUICKER = {nn.Linear: Linear, nn.GroupNorm: GroupNorm, activations.GEGLU: GEGLU}
+QUICKER = {nn.Conv2d: Convolution, nn.Linear: Linear, nn.GroupNorm: GroupNorm,
+           resnet.ResnetBlock2D: ResnetBlock2D, activations.GEGLU: GEGLU}  # fmt: skip
 
 
 def on_gpu_in_half(x: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models import resnet
 from torch import nn
 
 from sdtune import bases, frozen, loops, winograd
@@ -133,6 +134,25 @@ def test_without_pytorch_s_threads_and_off_amd_everything_is_left_as_it_is(kind,
 def test_other_convolutions_stay_what_they_are():
     for settings in (dict(kernel_size=1), dict(kernel_size=3), dict(kernel_size=3, padding=1, stride=2)):
         assert type(frozen.quicken(nn.Conv2d(32, 32, **settings))) is nn.Conv2d
+
+
+@pytest.mark.parametrize("settings, usual", [
+    (dict(), True), (dict(out_channels=64), True), (dict(temb_channels=None), True), (dict(dropout=0.5), True),
+    (dict(non_linearity="relu"), True), (dict(time_embedding_norm="scale_shift"), False), (dict(up=True), False),
+    (dict(output_scale_factor=2.0), False), (dict(down=True), False), (dict(skip_time_act=True), False),
+], ids=str)  # fmt: skip
+def test_a_block_of_any_settings_gives_what_diffusers_gives_bit_for_bit(settings, usual, monkeypatch):
+    block = resnet.ResnetBlock2D(in_channels=32, **dict(temb_channels=24) | settings).requires_grad_(False)
+    monkeypatch.setattr(frozen, "QUICKER", {resnet.ResnetBlock2D: frozen.ResnetBlock2D})  # not the layers within
+    quick = frozen.quicken(copy.deepcopy(block))
+    assert type(quick) is (frozen.ResnetBlock2D if usual else resnet.ResnetBlock2D)
+    temb, found = None if block.time_emb_proj is None else torch.randn(2, 24), []
+    for one in (block, quick):
+        torch.manual_seed(0)
+        x = given().requires_grad_()
+        result = one(x, temb)
+        found.append([result.detach(), *torch.autograd.grad(result.square().sum(), x)])
+    assert all(map(torch.equal, *found))
 
 
 def test_a_recorded_layer_still_reads_its_input(kind):

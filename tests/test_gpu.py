@@ -112,11 +112,18 @@ def test_recorded_passes_draw_what_passes_launched_piece_by_piece_do(loaded, mon
     assert not [w for w in recwarn if "cannot be recorded" in str(w.message)]
 
 
-def test_a_tuned_pipeline_of_the_user_draws_as_before_after_it_was_recorded(loaded):
-    before = loaded("a cat face", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+def test_a_tuned_pipeline_of_the_user_draws_as_before_after_it_was_recorded(loaded, files):
+    def drawn(pipe):
+        return pipe("a cat face", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+
+    exact = sdtune.load_base("tiny-sd").to("cuda")
+    sdtune.load_tuner(exact, files / "one.safetensors", "tuner")
+    sdtune.load_tuner(exact, files / "lora", "lora")
+    exact, before = drawn(exact), drawn(loaded)
     drawing.draw_cells(loaded, [drawing.Cell("a dog")], steps=3)
-    after = loaded("a cat face", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
-    assert "forward" not in vars(loaded.unet) and pictures.distance(before, after) < 2
+    assert "forward" not in vars(loaded.unet)
+    # in the other layout it is rounded otherwise; in bfloat16 that alone can be seen
+    assert pictures.distance(drawn(loaded), exact) < 2 * pictures.distance(before, exact)
 
 
 def test_an_offloaded_pipeline_draws_piece_by_piece(files):
@@ -128,21 +135,23 @@ def test_an_offloaded_pipeline_draws_piece_by_piece(files):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 320, 64, 64), (2, 960, 20, 12), (4, 64, 7, 9), (1, 2560, 8, 8)], ids=str)
-def test_the_norm_of_pictures_in_channels_last_is_pytorchs_gradient_included(shape, dtype):
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_norm_of_pictures_in_channels_last_is_pytorchs_gradient_included(shape, dtype, silu):
     torch.manual_seed(0)
-    norm = frozen.quicken(nn.Sequential(nn.GroupNorm(32, shape[1]))).requires_grad_(False).to("cuda", dtype)[0]
+    norm = frozen.quicken(nn.GroupNorm(32, shape[1])).requires_grad_(False).to("cuda", dtype)
     assert type(norm) is frozen.GroupNorm
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     x, gradient = (torch.randn(shape, device="cuda") * 3 + 5 for _ in range(2))
     x, gradient = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, gradient))
     assert norm._quicker(x)
     exact, own = x.double().requires_grad_(), x.requires_grad_()
-    wanted = F.group_norm(exact, 32, norm.weight.double(), norm.bias.double(), norm.eps)
-    found = norm(own)
+    then = F.silu if silu else torch.clone
+    wanted = then(F.group_norm(exact, 32, norm.weight.double(), norm.bias.double(), norm.eps))
+    found = norm._compute(own, silu=True) if silu else norm(own)
     assert found.is_contiguous(memory_format=torch.channels_last)
     found.backward(gradient), wanted.backward(gradient.double())
     usual = x.detach().clone().requires_grad_()
-    plain = F.group_norm(usual, 32, norm.weight, norm.bias, norm.eps)
+    plain = then(F.group_norm(usual, 32, norm.weight, norm.bias, norm.eps))
     plain.backward(gradient)
     for mine, theirs, true in ((found, plain, wanted), (own.grad, usual.grad, exact.grad)):
         error, usual_error = ((t.double() - true).norm().item() for t in (mine, theirs))
@@ -222,10 +231,12 @@ def test_geglu_is_diffusers_gradient_included(shape, dtype):
         assert error(mine, true) <= 1.2 * error(theirs, true)
 
 
-def test_a_step_copies_no_picture_into_another_order_for_a_norm(monkeypatch):
+def test_a_step_copies_no_picture_into_another_order_for_a_norm_nor_keeps_it_for_a_silu(monkeypatch):
     unet = frozen.lay_out(sdtune.load_base("tiny-sd", torch.float16).unet.requires_grad_(False).eval().to("cuda"))
     sdtune.add_tuner(unet)
     monkeypatch.setattr(F, "group_norm", lambda *args: pytest.fail("a picture lies in another order"))
+    monkeypatch.setattr(nn.SiLU, "forward", lambda silu, x: F.silu(x) if x.dim() == 2 else pytest.fail("not in one"))
+    unet.conv_act = nn.Mish()  # the only one that is no part of a block
     gradients = []
     backward = gpu_layers._GroupNorm.backward
     monkeypatch.setattr(gpu_layers._GroupNorm, "backward", lambda ctx, g: gradients.append(g) or backward(ctx, g))
