@@ -3,11 +3,11 @@
 PyTorch keeps for the backward whatever an operation might need. In a frozen UNet a convolution's input serves
 nothing, since its weights get no gradient; and what a normalisation or GELU gave is soon computed again from what it
 took, which is kept anyway. On Stable Diffusion 1.5's shape with Res-Attn that is 171 of 416 MB (256 px, batch 1,
-fp32: the sizes of the tensors that its graph holds), less what is below `LEAST`.
+fp32: the sizes of the tensors that its graph holds), less what is below `LEAST`. A GPU multiplies so fast that the
+largest results of all, GEGLU's in the outermost blocks, need not be kept there either.
 """
 
 from functools import partial
-from weakref import WeakValueDictionary
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .frozen import Convolution
 
 LEAST = 2**20  # bytes of a tensor that is worth not keeping: the time that it costs depends little on the size
+NARROWEST = 320  # channels of the outermost blocks; a product takes the longer, for each number it gives, the more
 
 
 class Frugal(saved_tensors_hooks):
@@ -27,44 +28,55 @@ class Frugal(saved_tensors_hooks):
     """
 
     def __init__(self, unet: nn.Module):
-        super().__init__(self._pack, _unpack)
-        self.given = WeakValueDictionary()  # address -> a result that can be computed again, while it is in use
+        super().__init__(_pack, _unpack)
         for module in unet.modules():
             if isinstance(module, nn.Conv2d):
                 module._conv_forward = partial(_convolve, module)
             elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-                module.forward = partial(self._note, module.forward)
+                module.forward = partial(_note, module.forward)
             elif isinstance(module, GEGLU):
-                module.gelu = partial(self._note, module.gelu)
-
-    def _note(self, function, x: torch.Tensor) -> torch.Tensor:
-        result = function(x)
-        if result.requires_grad and result.nbytes >= LEAST:
-            result.again = _Again(function, x)
-            self.given[result.data_ptr()] = result
-        return result
-
-    def _pack(self, saved: torch.Tensor):
-        result = self.given.get(saved.data_ptr())
-        if result is None or saved.dtype != result.dtype or saved.numel() != result.numel():
-            return saved
-        same = saved.shape == result.shape and saved.stride() == result.stride()
-        return (result.again, saved.shape) if same or saved.is_contiguous() and result.is_contiguous() else saved
+                module.gelu = partial(_note, module.gelu)
+                proj = module.proj
+                if isinstance(proj, nn.Linear) and proj.in_features <= NARROWEST and not proj.weight.requires_grad:
+                    proj.forward = partial(_note, proj.forward, on=_multiplies_fast)
 
 
-def _unpack(packed):
-    return packed if isinstance(packed, torch.Tensor) else packed[0]().view(packed[1])
+def _note(function, x: torch.Tensor, on=lambda x: True) -> torch.Tensor:
+    """function(x), which can be computed again, as its memory knows from now on."""
+    result = function(x)
+    storage = result.untyped_storage()
+    if result.requires_grad and storage.nbytes() == result.nbytes >= LEAST and on(x):
+        storage.again = _Again(function, _pack(x.detach()), result.dtype)
+    return result
+
+
+def _pack(saved: torch.Tensor):
+    again = getattr(saved.untyped_storage(), "again", None)
+    if again is None or saved.dtype != again.dtype:
+        return saved
+    return again, saved.shape, saved.stride(), saved.storage_offset()
+
+
+def _unpack(packed) -> torch.Tensor:
+    if isinstance(packed, torch.Tensor):
+        return packed
+    again, *where = packed
+    return again().as_strided(*where)
 
 
 class _Again:
     """Calls a function once more as it was called, but for its gradient."""
 
-    def __init__(self, function, x: torch.Tensor):
-        self.function, self.x = function, x.detach()
+    def __init__(self, function, packed, dtype: torch.dtype):
+        self.function, self.packed, self.dtype = function, packed, dtype
 
     def __call__(self) -> torch.Tensor:
         with torch.no_grad():
-            return self.function(self.x)
+            return self.function(_unpack(self.packed))
+
+
+def _multiplies_fast(x: torch.Tensor) -> bool:
+    return x.is_cuda
 
 
 def _convolve(conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -36,8 +36,9 @@ def loss(unet, within) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["res_attn", "res_adapter", "res_prefix", "lora", "dora"])
-@pytest.mark.parametrize("how", ["fp32", "bf16", "checkpointing"])
-def test_gradients_are_the_same_bit_for_bit(pipe, kind, how):
+@pytest.mark.parametrize("how", ["fp32", "bf16", "checkpointing", "as on a GPU"])
+def test_gradients_are_the_same_bit_for_bit(pipe, kind, how, monkeypatch):
+    monkeypatch.setattr(frugal, "_multiplies_fast", lambda x: how == "as on a GPU")
     unet, parameters = tuned(pipe, kind)
     if how == "bf16":
         unet.to(torch.bfloat16)
@@ -50,7 +51,9 @@ def test_gradients_are_the_same_bit_for_bit(pipe, kind, how):
         assert all(map(torch.equal, found, plain)) and all(gradient.any() for gradient in plain)
 
 
-def test_what_can_be_had_again_is_not_kept(pipe, monkeypatch):
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_can_be_had_again_is_not_kept(pipe, monkeypatch, fast):
+    monkeypatch.setattr(frugal, "_multiplies_fast", lambda x: fast)
     monkeypatch.setattr(winograd, "TILES", 10**9)  # it keeps less anyway, but only on a CPU
     unet, _ = tuned(pipe, "res_attn")
     resnet, attentions = unet.up_blocks[-1].resnets[-1], unet.up_blocks[-1].attentions[-1]
@@ -64,6 +67,7 @@ def test_what_can_be_had_again_is_not_kept(pipe, monkeypatch):
              "tuner": block.attn1.res_tuner.tuners["tuner"].qkv}  # fmt: skip
     for name, module in takes.items():
         module.register_forward_pre_hook(lambda module, args, name=name: (note(name, args[0]), None)[1])
+    block.ff.net[0].proj.register_forward_hook(lambda module, args, result: (note("product", result), None)[1])
     gelu = block.ff.net[0].gelu
     block.ff.net[0].gelu = lambda gate: note("gelu's result", gelu(gate))
 
@@ -73,5 +77,5 @@ def test_what_can_be_had_again_is_not_kept(pipe, monkeypatch):
         result.backward()
         return found
 
-    assert kept_for_the_backward(nullcontext()) == sorted(seen) and len(seen) == 5
-    assert kept_for_the_backward(Frugal(unet)) == ["norm"]
+    assert kept_for_the_backward(nullcontext()) == sorted(seen) and len(seen) == 6
+    assert kept_for_the_backward(Frugal(unet)) == (["norm"] if fast else ["norm", "product"])
