@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .frozen import Convolution
 
 LEAST = 2**20  # bytes of a tensor that is worth not keeping: the time that it costs depends little on the size
-NARROWEST = 320  # channels of the outermost blocks; a product takes the longer, for each number it gives, the more
+MOST = 320  # channels from which a product is computed again, those of the outermost blocks: with more it takes longer
 
 
 class Frugal(saved_tensors_hooks):
@@ -37,7 +37,7 @@ class Frugal(saved_tensors_hooks):
             elif isinstance(module, GEGLU):
                 module.gelu = partial(_note, module.gelu)
                 proj = module.proj
-                if isinstance(proj, nn.Linear) and proj.in_features <= NARROWEST and not proj.weight.requires_grad:
+                if isinstance(proj, nn.Linear) and proj.in_features <= MOST and not proj.weight.requires_grad:
                     proj.forward = partial(_note, proj.forward, on=_multiplies_fast)
 
 

@@ -2,8 +2,8 @@
 
 `group_norm` is for pictures whose channels lie next to one another (channels_last), as convolutions want them:
 PyTorch's own kernel copies such a picture into the other order, and the convolution after it copies it back. The SiLU
-behind it costs neither time nor memory there. `gated` is what takes PyTorch four kernels on halves of a tensor, and
-five for their gradient.
+behind it can be part of it, and then nothing is kept for that. `gated` is what takes PyTorch four kernels on halves of
+a tensor, and five for their gradient.
 """
 
 import torch
@@ -18,7 +18,7 @@ BLOCK = 1024  # numbers that a program gives in `gated`
 def group_norm(
     x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool = False
 ) -> torch.Tensor:
-    """`F.group_norm` of x (B, C, H, W), and `F.silu` of it, but for rounding. Only x gets a gradient.
+    """`F.group_norm` of x (B, C, H, W), with `silu` the `F.silu` of it, but for rounding. Only x gets a gradient.
 
     x and the result are in channels_last.
     """
@@ -150,9 +150,7 @@ def _sums(
 ):  # fmt: skip
     """Of each part: the sum of the gradient, and of the gradient times x."""
     at, there, channels, inside = _place(pixels, groups, WIDTH, PADDED, ROWS)
-    g, x, _ = _gradient_of_scaled(
-        X, W, B, G, M, eps, pixels, at, there, channels, inside, WIDTH, ROWS, PARTS, SILU
-    )  # fmt: skip
+    g, x, _ = _gradient_of_scaled(X, W, B, G, M, eps, pixels, at, there, channels, inside, WIDTH, ROWS, PARTS, SILU)
     own = S + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 2
     tl.store(own, tl.sum(g))
     tl.store(own + 1, tl.sum(g * x))
@@ -166,7 +164,7 @@ def _differentiate(
     at, there, channels, inside = _place(pixels, groups, WIDTH, PADDED, ROWS)
     g, x, inverse = _gradient_of_scaled(
         X, W, B, G, M, eps, pixels, at, there, channels, inside, WIDTH, ROWS, PARTS, SILU
-    )  # fmt: skip
+    )
     every, total = tl.arange(0, PARTS), (pixels * WIDTH).to(tl.float32)
     own = S + (tl.program_id(1) * tl.num_programs(0) + every) * 2
     of_g = tl.sum(tl.load(own, every < tl.num_programs(0), 0.0)) / total

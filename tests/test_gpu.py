@@ -120,9 +120,12 @@ def test_a_tuned_pipeline_of_the_user_draws_as_before_after_it_was_recorded(load
     sdtune.load_tuner(exact, files / "lora", "lora")
     exact, before = drawn(exact), drawn(loaded)
     drawing.draw_cells(loaded, [drawing.Cell("a dog")], steps=3)
+    after = drawn(loaded)
     assert "forward" not in vars(loaded.unet)
-    # in the other layout it is rounded otherwise; in bfloat16 that alone can be seen
-    assert pictures.distance(drawn(loaded), exact) < 2 * pictures.distance(before, exact)
+    if loaded.unet.dtype == torch.float16:
+        assert pictures.distance(before, after) < 2
+    else:  # in the other layout it is rounded otherwise, and in bfloat16 that alone can be seen
+        assert pictures.distance(after, exact) < 2 * pictures.distance(before, exact)
 
 
 def test_an_offloaded_pipeline_draws_piece_by_piece(files):
@@ -132,11 +135,9 @@ def test_an_offloaded_pipeline_draws_piece_by_piece(files):
     assert len(drawing.draw_cells(pipe, [drawing.Cell("a cat face", 0, {"tuner": 1.0})], steps=3)) == 1
 
 
-@pytest.mark.parametrize("shape, dtype, silu", [
-    ((1, 320, 64, 64), torch.float16, True), ((2, 960, 20, 12), torch.float16, True),
-    ((1, 2560, 8, 8), torch.float16, False), ((4, 64, 7, 9), torch.bfloat16, True),
-    ((4, 64, 7, 9), torch.bfloat16, False),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 320, 64, 64), (2, 960, 20, 12), (4, 64, 7, 9), (1, 2560, 8, 8)], ids=str)
+@pytest.mark.parametrize("silu", [False, True])
 def test_the_norm_of_pictures_in_channels_last_is_pytorchs_gradient_included(shape, dtype, silu):
     torch.manual_seed(0)
     norm = frozen.quicken(nn.GroupNorm(32, shape[1])).requires_grad_(False).to("cuda", dtype)
@@ -163,11 +164,11 @@ def error(found, exact) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("batch, rows, columns, heads, rank, dtype", [
-    (1, 4096, None, 4, 4, torch.float16), (1, 4096, None, 4, 4, torch.bfloat16), (2, 1024, None, 4, 4, torch.float16),
-    (3, 100, None, 2, 8, torch.bfloat16), (1, 64, None, 1, 16, torch.float16), (2, 300, 77, 4, 4, torch.float16),
-    (2, 300, 77, 4, 4, torch.bfloat16), (1, 4096, 4097, 1, 1, torch.float16),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch, rows, columns, heads, rank", [
+    (1, 4096, None, 4, 4), (2, 1024, None, 4, 4), (3, 100, None, 2, 8), (1, 64, None, 1, 16), (2, 300, 77, 4, 4),
+    (1, 4096, 4097, 1, 1),
+])  # fmt: skip
 def test_the_narrow_attention_is_the_exact_one_but_for_rounding_gradient_included(
     batch, rows, columns, heads, rank, dtype
 ):
