@@ -10,6 +10,14 @@ import secrets
 import signal
 import sys
 
+from sdtune.bases.properties import default_guidance
+from sdtune.kernels.cpu.heap import keep_freed_memory
+from sdtune.page import style
+from sdtune.page.png_settings import MOST_COLUMNS, Settings, read_png
+from sdtune.page.queue import Job, PageError, plain_message
+from sdtune.page.studio import SAMPLERS, Axis, Studio
+from sdtune.page.train_tab import QUIET, train_tab
+
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # offline, and nobody's business
 
 import diffusers
@@ -17,13 +25,6 @@ import gradio as gr
 import transformers
 
 from sdtune import BaseError
-from sdtune.launch import keep_freed_memory
-from sdtune.page import look
-from sdtune.page.device import Job, StudioError, in_plain_words
-from sdtune.page.notes import MOST_COLUMNS, Settings, read_png
-from sdtune.page.studio import SAMPLERS, Axis, Studio
-from sdtune.page.traintab import QUIET, train_tab
-from sdtune.pipeline import usual_guidance
 
 EXAMPLES = [
     "a girl with long blue hair, under a night sky with a full moon, in anime style",
@@ -51,12 +52,12 @@ class Page:
 
     def __init__(self, studio: Studio):
         self.studio = studio
-        self.guidance = usual_guidance(studio.pipe)
+        self.guidance = default_guidance(studio.pipe)
         with gr.Blocks(title="sdtune", delete_cache=(3600, 24 * 3600)) as self.blocks:
             self.columns = gr.State([{}])  # what Generate sets side by side: label -> weight, for each column
             self.layout = gr.State(0)  # grows when the cards of the columns must be laid out anew
             self.version = gr.State(0)  # of the library, as this window knows it
-            self.top = gr.HTML(look.top(studio.base_name, studio.side, "device free", False), elem_id="top")
+            self.top = gr.HTML(style.top(studio.base_name, studio.side, "device free", False), elem_id="top")
             with gr.Tabs(selected="generate", overflow_behavior="wrap") as self.tabs:
                 with gr.Tab("Generate", id="generate"):
                     self._generate()
@@ -98,7 +99,7 @@ class Page:
                                       info="How noise becomes a picture.")  # fmt: skip
         self._cards()
         status = gr.HTML(elem_classes="status", elem_id="generate-status")
-        sheet = gr.HTML(look.empty("Draw: every column starts from the same noise."), js_on_load=look.LIGHTBOX,
+        sheet = gr.HTML(style.empty("Draw: every column starts from the same noise."), js_on_load=style.LIGHTBOX,
                         elem_id="sheet")  # fmt: skip
         restore = gr.File(
             label="Drop a picture to restore its settings", file_types=[".png"], height=104,
@@ -114,12 +115,12 @@ class Page:
                 )  # fmt: skip
                 job = studio.draw(request.session_hash, settings)
             except ValueError as error:
-                yield look.said(in_plain_words(error), bad=True), gr.skip(), gr.skip(), gr.skip()
+                yield style.said(plain_message(error), bad=True), gr.skip(), gr.skip(), gr.skip()
                 return
             async for text in self._follow(job):
                 yield text, gr.skip(), gr.Button(interactive=False), gr.Button(interactive=True)
-            sheet = look.sheet(job.result.columns, settings.seed) if job.state == "done" else gr.skip()
-            yield look.drawing(job, 0), sheet, gr.Button(interactive=True), gr.Button(interactive=False)
+            sheet = style.sheet(job.result.columns, settings.seed) if job.state == "done" else gr.skip()
+            yield style.drawing(job, 0), sheet, gr.Button(interactive=True), gr.Button(interactive=False)
 
         def on_restore(file, current):
             if file is None:
@@ -127,7 +128,7 @@ class Page:
             try:
                 found = read_png(file)
             except ValueError as error:
-                return [look.said(str(error), bad=True), *[gr.skip()] * 9, None]
+                return [style.said(str(error), bad=True), *[gr.skip()] * 9, None]
             here, lost, columns = studio.library.offered(checkpoints=True), [], []
             for column in found.columns:
                 lost += [label for label in column if label not in here]
@@ -143,7 +144,7 @@ class Page:
             if cut:
                 note += f" Beyond what this page draws, so changed: {', '.join(cut)}."
             texts = (found.prompt, found.negative_prompt)
-            return [look.said(note), *texts, found.seed, *fitted.values(), sampler, columns, None]
+            return [style.said(note), *texts, found.seed, *fitted.values(), sampler, columns, None]
 
         again = dict(fn=lambda n: n + 1, inputs=self.layout, outputs=self.layout, **QUIET)
         gr.on([draw.click, self.prompt.submit], on_draw, [*fields, self.columns], [status, sheet, draw, stop],
@@ -215,7 +216,7 @@ class Page:
         """HTML that says how far a job is, each time that changes, until it is over."""
         shown = None
         while not job.over:
-            text = look.drawing(job, self.studio.device.ahead(job))
+            text = style.drawing(job, self.studio.device.ahead(job))
             if text != shown:
                 shown = text
                 yield text
@@ -260,8 +261,8 @@ class Page:
             draw = gr.Button("Draw the grid", variant="primary", elem_id="draw-grid")
             stop = gr.Button("Stop", interactive=False)
         status = gr.HTML(elem_classes="status", elem_id="grid-status")
-        sheet = gr.HTML(look.empty("Two axes make a grid of labelled pictures, to be downloaded as one."),
-                        js_on_load=look.LIGHTBOX, elem_id="grid")  # fmt: skip
+        sheet = gr.HTML(style.empty("Two axes make a grid of labelled pictures, to be downloaded as one."),
+                        js_on_load=style.LIGHTBOX, elem_id="grid")  # fmt: skip
         (across, across_text, across_pick), (down, down_text, down_pick) = parts
         fixed = [tuner, weight, seed, guidance, prompt]
 
@@ -284,22 +285,22 @@ class Page:
         ):
             try:
                 if x == y or {x, y} == {"tuner", "checkpoint"}:
-                    raise StudioError("both axes change the same thing; choose another one for one of them")
+                    raise PageError("both axes change the same thing; choose another one for one of them")
                 axes = Axis.parse(x, x_text or "", x_pick), Axis.parse(y, y_text or "", y_pick)
                 if not tuner and not {x, y} & {"tuner", "checkpoint"} and "weight" in {x, y}:
-                    raise StudioError("a weight needs a tuner or LoRA; choose one")
+                    raise PageError("a weight needs a tuner or LoRA; choose one")
                 column = {tuner or "": weight} if tuner or {x, y} & {"tuner", "checkpoint"} else {}
                 settings = Settings(
                     prompt or "", "", whole(seed), whole(steps), guidance, None, 1, studio.sampler, [column]
                 )
                 job = studio.draw_grid(request.session_hash, settings, *axes)
             except ValueError as error:
-                yield look.said(in_plain_words(error), bad=True), gr.skip(), gr.skip(), gr.skip()
+                yield style.said(plain_message(error), bad=True), gr.skip(), gr.skip(), gr.skip()
                 return
             async for text in self._follow(job):
                 yield text, gr.skip(), gr.Button(interactive=False), gr.Button(interactive=True)
-            sheet = look.sheet(job.result.columns) if job.state == "done" else gr.skip()
-            yield look.drawing(job, 0), sheet, gr.Button(interactive=True), gr.Button(interactive=False)
+            sheet = style.sheet(job.result.columns) if job.state == "done" else gr.skip()
+            yield style.drawing(job, 0), sheet, gr.Button(interactive=True), gr.Button(interactive=False)
 
         for axis, text, pick in parts:
             axis.change(on_axis, axis, [text, pick], **QUIET)
@@ -346,7 +347,7 @@ class Page:
         weight = gr.Slider(0, 2, 1, step=0.05, label="Weight", elem_id="live-weight",
                            info="Move it, and the picture is drawn again from the same noise.")  # fmt: skip
         status = gr.HTML(elem_classes="status", elem_id="live-status")
-        sheet = gr.HTML(look.empty("Move the slider."), js_on_load=look.LIGHTBOX, elem_id="live")
+        sheet = gr.HTML(style.empty("Move the slider."), js_on_load=style.LIGHTBOX, elem_id="live")
         seconds = gr.State(0.0)  # how long the last picture took
 
         async def on_move(tuner, weight, prompt, seed, steps, request: gr.Request):
@@ -356,15 +357,15 @@ class Page:
                 settings = Settings(prompt or "", "", whole(seed), whole(steps), guidance, None, 1, sampler, columns)
                 job = studio.draw(request.session_hash, settings, "live")
             except ValueError as error:
-                yield look.said(in_plain_words(error), bad=True), gr.skip(), gr.skip()
+                yield style.said(plain_message(error), bad=True), gr.skip(), gr.skip()
                 return
             async for text in self._follow(job):
                 yield text, gr.skip(), gr.skip()
             if job.state == "done":
-                told = look.said(f"weight {weight:g}. {job.note}")
-                yield told, look.sheet(job.result.columns, settings.seed), job.seconds
+                told = style.said(f"weight {weight:g}. {job.note}")
+                yield told, style.sheet(job.result.columns, settings.seed), job.seconds
             elif job.state == "failed":
-                yield look.drawing(job, 0), gr.skip(), gr.skip()
+                yield style.drawing(job, 0), gr.skip(), gr.skip()
 
         def hurry(seconds, request: gr.Request):
             """Where a picture takes long, a new weight does not wait for the end of the old one's."""
@@ -399,16 +400,16 @@ class Page:
 
         def show():
             studio.library.scan()
-            return look.shelf(list(studio.library.items.values()))
+            return style.shelf(list(studio.library.items.values()))
 
         def add(fetch):
             def on_add(source):
                 if not source:
                     return gr.skip(), gr.skip(), None
                 try:
-                    return look.said(f"Added {fetch(source)}."), show(), None
+                    return style.said(f"Added {fetch(source)}."), show(), None
                 except (ValueError, OSError) as error:
-                    return look.said(in_plain_words(error), bad=True), gr.skip(), None
+                    return style.said(plain_message(error), bad=True), gr.skip(), None
 
             return on_add
 
@@ -428,7 +429,7 @@ class Page:
         def on_tick(shown, version, request: gr.Request):
             new = studio.library.scan_sometimes()
             return [
-                look.top(studio.base_name, studio.side, *studio.doing(request.session_hash)),
+                style.top(studio.base_name, studio.side, *studio.doing(request.session_hash)),
                 new if new != version else gr.skip(), *on_train(shown, request),
             ]  # fmt: skip
 
@@ -486,7 +487,7 @@ def serve(studio: Studio, args) -> int:
     try:
         Page(studio).blocks.queue(max_size=200, default_concurrency_limit=8).launch(
             server_name=args.server_name, server_port=args.port, share=args.share,
-            auth=tuple(args.auth.split(":", 1)) if args.auth else None, theme=theme(), css=look.CSS,
+            auth=tuple(args.auth.split(":", 1)) if args.auth else None, theme=theme(), css=style.CSS,
             allowed_paths=[str((studio.private / "pictures").resolve())], max_file_size="200mb", show_error=True,
             footer_links=[], ssr_mode=False,
         )  # fmt: skip

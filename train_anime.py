@@ -9,7 +9,10 @@ Every flag is a field of `sdtune.TunerConfig` or `sdtune.TrainConfig`; `--help` 
 import os
 import sys
 
-from sdtune import launch
+from sdtune.kernels.cpu import heap
+from sdtune.training import launch
+from sdtune.training.errors import Stopped, TrainError
+from sdtune.training.trainer import fit
 
 LOAD = """
 from sdtune import load_base, load_tuner
@@ -19,9 +22,9 @@ load_tuner(pipe, "{tuner}", adapter_name="{name}")
 
 
 def main() -> int:
-    count = launch.processes_asked(os.path.basename(__file__))
+    count = launch.requested_processes(os.path.basename(__file__))
     if count > 1:
-        launch.replace_by(count, [__file__], sys.argv[1:])
+        launch.replace_with_processes(count, [__file__], sys.argv[1:])
 
     # what takes time is imported only when it is clear that this process stays, and when it is needed
     from transformers.hf_argparser import HfArgumentParser
@@ -43,7 +46,7 @@ def main() -> int:
     for logging in (transformers.utils.logging, diffusers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    from sdtune.train import Stopped, TrainError, fit
+    pass  # IMPORT Stopped TrainError fit
 
     try:
         result = fit(config, tuner)
@@ -69,5 +72,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    launch.restart_with_calm_heap()
+    heap.restart_with_heap_settings()
     sys.exit(main())

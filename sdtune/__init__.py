@@ -6,42 +6,43 @@ The public names are listed here and imported when first used, so that `import s
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOME = {
+_MODULES = {
     "ResAttn": "tuners",
     "TunerConfig": "tuners",
-    "load_tuner": "pipeline",
-    "add_tuner": "pipeline",
-    "save_tuner": "pipeline",
-    "unload_tuner": "pipeline",
-    "Cell": "drawing",
-    "compare": "drawing",
-    "draw_cells": "drawing",
-    "load_base": "bases",
-    "BaseError": "bases",
-    "DataError": "data",
-    "TunerFileError": "store",
-    "TrainConfig": "config",
-    "fit": "train",
+    "load_tuner": "adapters.api",
+    "add_tuner": "adapters.api",
+    "save_tuner": "adapters.api",
+    "unload_tuner": "adapters.api",
+    "TunerFileError": "adapters.tuner_file",
+    "load_base": "bases.load",
+    "BaseError": "bases.errors",
+    "Cell": "inference.compare",
+    "compare": "inference.compare",
+    "draw_cells": "inference.compare",
+    "TrainConfig": "training.config",
+    "DataError": "training.errors",
+    "fit": "training.trainer",
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .bases import BaseError, load_base
-    from .config import TrainConfig
-    from .data import DataError
-    from .drawing import Cell, compare, draw_cells
-    from .pipeline import add_tuner, load_tuner, save_tuner, unload_tuner
-    from .store import TunerFileError
-    from .train import fit
+    from .adapters.api import add_tuner, load_tuner, save_tuner, unload_tuner
+    from .adapters.tuner_file import TunerFileError
+    from .bases.errors import BaseError
+    from .bases.load import load_base
+    from .inference.compare import Cell, compare, draw_cells
+    from .training.config import TrainConfig
+    from .training.errors import DataError
+    from .training.trainer import fit
     from .tuners import ResAttn, TunerConfig
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'sdtune' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_MODULES])

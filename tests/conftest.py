@@ -17,9 +17,11 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 import sdtune
-from sdtune import attach, bases, data
+from sdtune.adapters import inject
+from sdtune.bases import single_file
+from sdtune.training import dataset
 
-if not any("test_gpu" in argument for argument in sys.argv):  # pytest tests/test_gpu.py has the GPU for itself
+if not any("test_cuda" in argument for argument in sys.argv):  # pytest tests/test_gpu.py has the GPU for itself
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others compare what a CPU computes, often bit for bit
 
 ANIME = Path(__file__).parent.parent / "assets" / "anime"
@@ -28,7 +30,7 @@ ANIME = Path(__file__).parent.parent / "assets" / "anime"
 def stir(pipe, name: str, seed: int, size: float = 0.05) -> None:
     """Gives a fresh tuner weights that show."""
     generator = torch.Generator().manual_seed(seed)
-    for key, p in attach.parameters_of(sdtune.pipeline.unet_of(pipe), name).items():
+    for key, p in inject.adapter_parameters(sdtune.pipeline.unet_of(pipe), name).items():
         if ".o." in key:
             p.data += size * torch.randn(p.shape, generator=generator).to(p)
 
@@ -57,7 +59,7 @@ def pipe(base) -> StableDiffusionPipeline:
 def sd15_unet() -> UNet2DConditionModel:
     """The UNet of Stable Diffusion 1.5, from its public configuration, without weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(bases.CONFIGS / "sd15/unet"))
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(single_file.CONFIGS / "sd15/unet"))
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +89,7 @@ def pairs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     for split, count in (("train", 5), ("test", 2)):
         (folder / split).mkdir()
-        for i, pair in enumerate(data.read(ANIME, 128, split)[:count]):
+        for i, pair in enumerate(dataset.read(ANIME, 128, split)[:count]):
             pair.open().resize((128, 128), Image.Resampling.LANCZOS).save(folder / split / f"{i}.png")
             (folder / split / f"{i}.txt").write_text(pair.caption)
     return folder

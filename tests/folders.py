@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import sdtune
-from sdtune import data, store
-from sdtune.data import DataError
+from sdtune.adapters import tuner_file
+from sdtune.training import dataset
+from sdtune.training.errors import DataError
 
 SIDE = 16
 RED = (200, 30, 40)
@@ -39,18 +40,18 @@ def row(name, text="a girl") -> dict:
 
 
 def pairs(folder, split="train") -> dict[str, str]:
-    return {p.name: p.caption for p in data.read(folder, SIDE, split, lambda _: None)}
+    return {p.name: p.caption for p in dataset.read(folder, SIDE, split, lambda _: None)}
 
 
 def notes(folder, split="train") -> list[str]:
     lines = []
-    data.read(folder, SIDE, split, lines.append)
+    dataset.read(folder, SIDE, split, lines.append)
     return lines
 
 
 def problems(folder, split="train") -> list[str]:
     with pytest.raises(DataError) as caught:
-        data.read(folder, SIDE, split, lambda _: None)
+        dataset.read(folder, SIDE, split, lambda _: None)
     for line in caught.value.problems:
         assert line in str(caught.value) and line.isprintable()
     return caught.value.problems
@@ -65,7 +66,7 @@ def only_problem(folder, *parts) -> None:
 def opened(folder, name) -> np.ndarray:
     """The picture of one pair as an (h, w, 3) array."""
     sidecar(folder / (os.path.splitext(name)[0] + ".txt"))
-    (pair,) = (p for p in data.read(folder, SIDE, log=lambda _: None) if p.name == name)
+    (pair,) = (p for p in dataset.read(folder, SIDE, log=lambda _: None) if p.name == name)
     image = pair.open()
     assert image.mode == "RGB"
     return np.asarray(image)
@@ -74,4 +75,4 @@ def opened(folder, name) -> np.ndarray:
 def a_misfit(path: Path) -> None:
     """A tuner for a base of another shape, with metadata that wants to be HTML."""
     base = {"name": HOSTILE, "shape": {"cross_attention_dim": 768}}
-    store.save(path, store.TunerFile(sdtune.TunerConfig(), {"a.b": torch.zeros(2)}, base, HOSTILE))
+    tuner_file.save(path, tuner_file.TunerFile(sdtune.TunerConfig(), {"a.b": torch.zeros(2)}, base, HOSTILE))

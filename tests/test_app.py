@@ -17,8 +17,8 @@ import pytest
 from folders import HOSTILE, a_misfit
 from PIL import Image
 
-from sdtune.page import notes
-from sdtune.pictures import distance
+from sdtune.inference.grids import mean_difference
+from sdtune.page import png_settings
 
 ROOT = Path(__file__).parent.parent
 SOON = 240_000  # milliseconds; a busy machine is slow
@@ -133,7 +133,7 @@ def test_columns_side_by_side_and_a_picture_that_remembers(page, tmp_path):
     (tmp_path / "a.png").write_bytes(pictures[0])
     (tmp_path / "b.png").write_bytes(pictures[2])
     assert Image.open(tmp_path / "a.png").size == (128, 128)
-    assert distance(*(Image.open(tmp_path / f"{n}.png") for n in "ab")) > 1
+    assert mean_difference(*(Image.open(tmp_path / f"{n}.png") for n in "ab")) > 1
 
     page.locator("#sheet img.shot").nth(1).click()
     source = page.locator("#sheet img.shot").nth(1).evaluate("i => i.src")
@@ -144,7 +144,7 @@ def test_columns_side_by_side_and_a_picture_that_remembers(page, tmp_path):
     page.keyboard.press("Escape")
     assert page.locator(".lightbox").count() == 0
     download.value.save_as(tmp_path / "c.png")
-    assert notes.read_png(tmp_path / "c.png").seed == 11
+    assert png_settings.read_png(tmp_path / "c.png").seed == 11
 
     page.click("#dice")
     page.locator("#prompt textarea").fill("something else")
@@ -155,8 +155,8 @@ def test_columns_side_by_side_and_a_picture_that_remembers(page, tmp_path):
     page.wait_for_function("document.querySelectorAll('.card').length >= 3")
     assert page.locator("#seed input").input_value() == "11"
     assert "blue hair" in page.locator("#prompt textarea").input_value()
-    far = notes.Settings("a far prompt", steps=140, guidance=29, images=16, columns=[{}], sampler="none such")
-    notes.write_png(tmp_path / "far.png", Image.open(tmp_path / "a.png"), far, 0, 0, "tiny-sd")
+    far = png_settings.Settings("a far prompt", steps=140, guidance=29, images=16, columns=[{}], sampler="none such")
+    png_settings.write_png(tmp_path / "far.png", Image.open(tmp_path / "a.png"), far, 0, 0, "tiny-sd")
     page.set_input_files("#restore input[type=file]", tmp_path / "far.png")
     assert "pictures" in says(page, "generate-status", "guidance")  # what the page's sliders do not reach is told
     page.wait_for_function("document.querySelector('#images input').value == '8'")

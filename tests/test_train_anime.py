@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers.hf_argparser import HfArgumentParser
 
 import sdtune
-from sdtune import data, store
-from sdtune.launch import calm_heap
+from sdtune.adapters import tuner_file
+from sdtune.kernels.cpu.heap import heap_environment
+from sdtune.training import dataset
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--batch_size", "2", "--preview_steps", "1", "--preview_every", "0", "--preview_prompts", "a girl"]
@@ -66,7 +67,7 @@ def test_it_starts_anew_once_with_a_heap_of_fewer_holes(tmp_path, monkeypatch):
     )
     command = [sys.executable, "-X", "utf8", str(script), "two words", "--flag"]
     output = subprocess.check_output(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True)
-    assert output.strip() == f"{calm_heap().get('GLIBC_TUNABLES')} {{}} ['two words', '--flag'] 1"
+    assert output.strip() == f"{heap_environment().get('GLIBC_TUNABLES')} {{}} ['two words', '--flag'] 1"
 
 
 def test_two_processes_give_what_one_process_with_twice_the_batch_gives(tmp_path):
@@ -109,7 +110,7 @@ def test_kill_9_at_any_moment_leaves_whole_checkpoints_to_resume(tmp_path):
     process = launch("--steps", "5000", "--checkpoint_every", "1", "--output", str(out), wait=False)
     wait_for(out / "checkpoints" / "step-*3", process)
     (trainer,) = psutil.Process(process.pid).children()
-    assert "GLIBC_TUNABLES" in trainer.environ() or not calm_heap()
+    assert "GLIBC_TUNABLES" in trainer.environ() or not heap_environment()
     os.killpg(process.pid, signal.SIGKILL)  # while checkpoints are being written one after another
     process.communicate()
     whole = sorted((out / "checkpoints").glob("step-*"))
@@ -138,14 +139,14 @@ def test_the_shipped_tuner_and_lora_are_what_the_readmes_two_lines_make():
         tuner, config = HfArgumentParser((sdtune.TunerConfig, sdtune.TrainConfig)).parse_args_into_dataclasses(
             shlex.split(line)
         )
-        file = store.load(ROOT / f"assets/{name}.safetensors")
+        file = tuner_file.load(ROOT / f"assets/{name}.safetensors")
         asked = {k: v for k, v in asdict(config).items() if v is not None and k in file.training}
         assert file.config == tuner
         assert {k: file.training[k] for k in asked} == asked and file.training["steps_done"] == config.steps
 
 
 def test_the_bundled_pairs_are_30_and_12_of_512_px_in_one_style():
-    train, test = (data.read(ROOT / "assets/anime", 512, split) for split in ("train", "test"))
+    train, test = (dataset.read(ROOT / "assets/anime", 512, split) for split in ("train", "test"))
     assert (len(train), len(test)) == (30, 12)
     captions = [pair.caption for pair in train + test]
     assert len(set(captions)) == 42 and all(c.endswith(", in anime style") for c in captions)

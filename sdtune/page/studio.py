@@ -34,11 +34,15 @@ from PIL import Image
 
 import sdtune
 
-from .. import data, pictures, store
-from ..tuners import TunerConfig
-from .device import Device, Halted, Job, StudioError
-from .library import Item, Library, matters
-from .notes import Settings, slug, write_png
+from ..adapters import tuner_file
+from ..inference import grids
+from ..training import dataset, encoding
+from ..training.errors import Stopped
+from ..training.trainer import fit
+from ..tuners.config import TunerConfig
+from .files import FileList, Item, matters
+from .png_settings import Settings, slug, write_png
+from .queue import Halted, Job, PageError, Queue
 
 ASSETS = Path(__file__).parents[2] / "assets"
 SAMPLERS = {
@@ -106,8 +110,8 @@ class Studio:
         self._scheduler = self.pipe.scheduler
         own = type(self._scheduler).__name__
         self.sampler = next((n for n, (c, _) in SAMPLERS.items() if c.__name__ == own), "DDIM")
-        self.device = Device()
-        self.library = Library([ASSETS, self.output], self.pipe.unet)
+        self.device = Queue()
+        self.library = FileList([ASSETS, self.output], self.pipe.unet)
         self._loaded: OrderedDict[tuple, str] = OrderedDict()  # (path, time, size) -> adapter, least used first
         self._count = 0
         self._trainings: dict[str, Job] = {}  # the last one of each window
@@ -157,7 +161,7 @@ class Studio:
         settings.check()
         if len(x.values) * len(y.values) > MOST_CELLS:
             many = len(x.values) * len(y.values)
-            raise StudioError(f"these axes make {many} pictures; at most {MOST_CELLS} fit in one grid")
+            raise PageError(f"these axes make {many} pictures; at most {MOST_CELLS} fit in one grid")
         adapters = settings.columns[0] if settings.columns else {}
         shots = []
         for below in y.values:
@@ -184,7 +188,7 @@ class Studio:
             drawn = self._draw(job, shots, settings)
             rows = [drawn[i : i + len(x.values)] for i in range(0, len(drawn), len(x.values))]
             cell = min(256, max(192, self.side if settings.size is None else settings.size))
-            picture = pictures.grid(rows, x.titles(), y.titles(), cell)
+            picture = grids.make_grid(rows, x.titles(), y.titles(), cell)
             name = f"grid-{slug(settings.prompt)}.png"
             titles = {axis.name: axis.titles() for axis in (x, y)}
             file = write_png(self._new_folder() / name, picture, settings, 0, 0, self.base_name, titles)
@@ -250,7 +254,7 @@ class Studio:
     def take(self, files: Sequence[str | Path]) -> "Drop":
         """Copies dropped pictures and caption files into a folder of their own, and pairs them."""
         if len(files) > MOST_FILES:
-            raise StudioError(f"{len(files)} files were dropped; at most {MOST_FILES} at once, use a shell for more")
+            raise PageError(f"{len(files)} files were dropped; at most {MOST_FILES} at once, use a shell for more")
         folder = self.private / "drops" / secrets.token_hex(16)
         folder.mkdir(parents=True)
         problems, notes = [], []
@@ -260,7 +264,7 @@ class Studio:
                 problems.append(f"{name}: two files of this name were dropped; rename one")
             else:
                 shutil.copyfile(file, folder / name)
-        found = data._find(folder, data._files(folder, problems), problems, notes)
+        found = dataset._find(folder, dataset._files(folder, problems), problems, notes)
         problems = [p for p in problems if ": no caption" not in p]  # those are typed in the page
         return Drop(folder, [(name, caption or "") for name, caption, _ in found], problems, notes)
 
@@ -272,9 +276,9 @@ class Studio:
         problems, notes, untold = list(drop.problems), list(drop.notes), ": no caption yet; write one beside it"
         try:
             drop.write(folder, captions)
-            pairs = data.read(folder, resolution or self.side, log=notes.append)
+            pairs = dataset.read(folder, resolution or self.side, log=notes.append)
             with self._one_counts:  # a tokenizer cannot serve two threads at once
-                long = data.truncated(pairs, self._tokenizer)
+                long = encoding.truncated_captions(pairs, self._tokenizer)
             if long:
                 notes.append(f"captions longer than the text encoder reads are cut: {', '.join(long[:5])}")
         except sdtune.DataError as error:
@@ -324,7 +328,7 @@ class Studio:
         for folder in (self.output / "data" / n for n in (stem, *(f"{stem}-{i}" for i in range(2, 1000)))):
             if not folder.exists() or (folder / "metadata.jsonl").read_text(encoding="utf-8") == drop.table(captions):
                 return str(folder)
-        raise StudioError(f"there are 1000 versions of {stem} already; choose another name")
+        raise PageError(f"there are 1000 versions of {stem} already; choose another name")
 
     def keep(self, drop: "Drop", captions: Sequence[str], run: "Run") -> None:
         """Puts checked pictures and captions where the training finds them, from the page or from a shell."""
@@ -342,7 +346,6 @@ class Studio:
         """
 
         def work(job: Job) -> Path:
-            from ..train import Stopped, fit
 
             job.total = run.config.steps
 
@@ -360,7 +363,7 @@ class Studio:
                 return made
             except Stopped:
                 job.unfinished = True
-                kept = sorted((Path(run.config.output) / "checkpoints").glob(f"step-*/{store.FILE_NAME}"))
+                kept = sorted((Path(run.config.output) / "checkpoints").glob(f"step-*/{tuner_file.FILE_NAME}"))
                 return kept[-1]
             finally:
                 gc.collect()  # a trainer is part of cycles, which would keep its models
@@ -373,10 +376,10 @@ class Studio:
             try:
                 Path(run.config.output).mkdir(parents=True)  # the name is taken from now on
             except FileExistsError:
-                raise StudioError(f"another training has taken the name {run.name}; click again") from None
+                raise PageError(f"another training has taken the name {run.name}; click again") from None
         try:
             self._trainings[owner] = self.device.submit(job)
-        except StudioError:
+        except PageError:
             if not before:
                 Path(run.config.output).rmdir()  # nobody has taken the name, after all
             raise
@@ -390,7 +393,7 @@ class Studio:
         """
         job = self.training_of(owner)
         if job is None or not job.unfinished:
-            raise StudioError("no stopped training is there to go on with; click on Train for a new one")
+            raise PageError("no stopped training is there to go on with; click on Train for a new one")
         config = dataclasses.replace(job.run.config, resume=True)
         return self.train(owner, Run(config, job.run.tuner), job)
 
@@ -415,7 +418,7 @@ class Studio:
         """A prompt that a training has learned, to draw with."""
         config = job.run.config
         try:
-            caption = data.read(config.data, self.side, log=lambda _: None)[0].caption
+            caption = dataset.read(config.data, self.side, log=lambda _: None)[0].caption
         except ValueError:
             return ""
         return f"{config.trigger_words} {caption}".strip()
@@ -441,7 +444,7 @@ class Studio:
         """Copies a dropped .safetensors file into the library."""
         source = Path(source)
         if source.suffix.lower() != ".safetensors":
-            raise StudioError(f"{source.name} is no .safetensors file; others may run code when they are read")
+            raise PageError(f"{source.name} is no .safetensors file; others may run code when they are read")
         name = slug(source.stem) or "file"
         target = self.output / "uploads" / f"{name}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -458,28 +461,28 @@ class Studio:
         """Fetches a tuner or LoRA from a hub repository into the library."""
         name = name.strip()
         if not HUB_ID.fullmatch(name):
-            raise StudioError(f"{name[:80]!r} is not a hub id; expected owner/name")
+            raise PageError(f"{name[:80]!r} is not a hub id; expected owner/name")
         from huggingface_hub import HfApi, hf_hub_download
 
         folder = self.output / "hub" / name.replace("/", "--")
         try:
             every = HfApi().model_info(name, files_metadata=True).siblings or []
             files = [f for f in every if f.rfilename.endswith(".safetensors") and "/" not in f.rfilename]
-            usual = [f for f in files if f.rfilename in (store.FILE_NAME, "pytorch_lora_weights.safetensors")]
+            usual = [f for f in files if f.rfilename in (tuner_file.FILE_NAME, "pytorch_lora_weights.safetensors")]
             files = usual or files
             if len(files) != 1:
                 there = ", ".join(f.rfilename for f in files[:5]) or "none"
-                raise StudioError(f"expected one .safetensors file in {name}; found {there}")
+                raise PageError(f"expected one .safetensors file in {name}; found {there}")
             if (files[0].size or 0) > 2e9:
-                raise StudioError(f"{files[0].rfilename} of {name} has {files[0].size / 1e9:.1f} GB: no tuner or LoRA")
+                raise PageError(f"{files[0].rfilename} of {name} has {files[0].size / 1e9:.1f} GB: no tuner or LoRA")
             hf_hub_download(name, files[0].rfilename, local_dir=folder)
             if any(f.rfilename == "preview.png" and (f.size or 0) < 2e7 for f in every):
                 hf_hub_download(name, "preview.png", local_dir=folder)
-        except StudioError:
+        except PageError:
             raise
         except Exception as error:  # the hub client raises many kinds
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise StudioError(f"the hub does not give {name}: {reason}") from error
+            raise PageError(f"the hub does not give {name}: {reason}") from error
         self.library.scan()
         return name
 
@@ -529,7 +532,7 @@ class Axis:
         if not name:
             return Axis("", [None])
         if name not in Axis.KINDS:
-            raise StudioError(f"{name[:40]!r} is no axis; expected one of {', '.join(Axis.KINDS)}")
+            raise PageError(f"{name[:40]!r} is no axis; expected one of {', '.join(Axis.KINDS)}")
         if name in ("tuner", "checkpoint"):
             values = ["" if label == "base" else label for label in chosen or []]
         elif name == "prompt":
@@ -544,10 +547,10 @@ class Axis:
                         raise ValueError
                 except ValueError:
                     kind = "whole number" if name == "seed" else "number"
-                    raise StudioError(f"{part[:20]!r} is no {name}; expected {kind}s with commas between") from None
+                    raise PageError(f"{part[:20]!r} is no {name}; expected {kind}s with commas between") from None
                 values.append(number)
         if not values:
-            raise StudioError(f"the axis {name} has no values; give at least one")
+            raise PageError(f"the axis {name} has no values; give at least one")
         return Axis(name, values)
 
     def titles(self) -> list[str]:
@@ -594,4 +597,4 @@ def base_choice(text: str, own: str) -> str:
         return text
     if HUB_ID.fullmatch(text) and not Path(text).exists():
         return text
-    raise StudioError(f"{text[:80]!r} cannot be trained on from here; expected {own}, tiny-sd or a hub id (owner/name)")
+    raise PageError(f"{text[:80]!r} cannot be trained on from here; expected {own}, tiny-sd or a hub id (owner/name)")

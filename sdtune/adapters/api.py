@@ -1,0 +1,195 @@
+"""What users call on a diffusers pipeline (or a bare UNet): load, add, save, unload a tuner.
+
+After that diffusers' own `set_adapters`, `disable_lora` / `enable_lora`, `delete_adapters`,
+`get_active_adapters` and `get_list_adapters` treat the tuner as they treat a LoRA.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+from ..bases.properties import describe_base, get_unet
+from ..tuners.config import LORAS, TunerConfig
+from . import inject, lora, state, tuner_file
+
+
+def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub) -> str:
+    """Loads a tuner file into a pipeline, under `adapter_name`, and makes it the active adapter.
+
+    A LoRA file of another tool is handed to diffusers' `load_lora_weights`.
+
+    Args:
+        pipe: a diffusers pipeline with a `unet`, or the UNet itself.
+        source: a .safetensors file, a folder with one, or a hub id.
+        adapter_name: its name; by default tuner_0, tuner_1 and so on.
+        weight_name: the file's name in a folder or hub repository.
+        hub: for `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, ... `low_cpu_mem_usage`
+            is accepted for diffusers' sake; loading never allocates the weights twice.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        TunerFileError: if the file cannot be used or does not fit this UNet; the pipeline is as it was.
+        ValueError: if the name is taken or cannot be one.
+    """
+    hub.pop("low_cpu_mem_usage", None)
+    unet = get_unet(pipe)
+    taken, name = getattr(unet, "peft_config", {}), adapter_name
+    if name is None:
+        name = next(n for n in map("tuner_{}".format, range(len(taken) + 1)) if n not in taken)
+    inject.check_new_name(unet, name)
+    path = tuner_file.find(source, weight_name, **hub)
+    if tuner_file.is_plain_lora(path):
+        _load_plain_lora(pipe, path, name)
+        return name
+    file = tuner_file.load(path)
+    tuner_file.check_fits(file, expected_shapes(unet, file.config), path)
+    _attach(pipe, file.config, name, file.tensors)
+    unet.peft_config[name].file = replace(file, tensors={})
+    return name
+
+
+def _load_plain_lora(pipe, path: Path, name: str) -> None:
+    if pipe is get_unet(pipe):
+        raise tuner_file.TunerFileError(
+            f"{path} is a LoRA of another tool; load it into a pipeline, not into a bare UNet"
+        )
+    models = [m for m in (pipe.unet, getattr(pipe, "text_encoder", None)) if m is not None]
+    with state.preserve_adapters(*models):
+        try:
+            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        except Exception as error:  # diffusers raises many kinds
+            if any(name in names for names in pipe.get_list_adapters().values()):
+                pipe.delete_adapters(name)
+            reason = " ".join(str(error).split())[:300]
+            raise tuner_file.TunerFileError(f"{path} is a LoRA that does not fit this base: {reason}") from error
+    pipe.enable_lora()
+    pipe.set_adapters(name)
+
+
+def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tuner_0") -> str:
+    """Hangs a fresh tuner on a pipeline's UNet; it starts at zero, so pictures stay as they were.
+
+    Args:
+        pipe: a diffusers pipeline with a `unet`, or the UNet itself.
+        config: what to hang where; by default Res-Attn 4x4 on attn1, attn2 and ff.
+
+    Raises:
+        ValueError: if the name is taken or cannot be one, or the UNet lacks the operations.
+    """
+    inject.check_new_name(get_unet(pipe), adapter_name)
+    _attach(pipe, config or TunerConfig(), adapter_name)
+    return adapter_name
+
+
+def _adapter_module(config: TunerConfig):
+    """The module that knows tuners of this kind: `attach` or `baselines`, which have the same verbs."""
+    return lora if config.kind in LORAS else inject
+
+
+def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a tuner or LoRA of this configuration has on this UNet: its key in a file -> its shape."""
+    return _adapter_module(config).expected_shapes(unet, config)
+
+
+def tuner_config(pipe, adapter_name: str) -> TunerConfig:
+    """The configuration of an attached tuner (or of a LoRA that sdtune added or trained).
+
+    Raises:
+        ValueError: naming those that are there, if there is none of that name.
+    """
+    adapters = getattr(get_unet(pipe), "peft_config", None) or {}
+    ours = [n for n, c in adapters.items() if hasattr(c, "tuner")]
+    if adapter_name not in ours:
+        there = ", ".join(map(repr, ours)) or "none"
+        raise ValueError(f"no tuner named {adapter_name!r} is attached; attached tuners: {there}")
+    return adapters[adapter_name].tuner
+
+
+def tuner_parameters(pipe, adapter_name: str) -> dict[str, torch.nn.Parameter]:
+    """The parameters of an attached tuner, keyed as in its file (without the leading "unet.")."""
+    return _adapter_module(tuner_config(pipe, adapter_name)).parameters_of(get_unet(pipe), adapter_name)
+
+
+def _attach(pipe, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    unet = get_unet(pipe)
+    with _offloading_paused(pipe):
+        _adapter_module(config).attach(unet, config, name, tensors)
+        if pipe is not unet:
+            pipe.set_adapters(name)  # a LoRA may be active in the text encoder, too
+
+
+def save_tuner(
+    pipe,
+    path: str | Path,
+    adapter_name: str = "tuner_0",
+    *,
+    dtype: torch.dtype = torch.float16,
+    trigger_words: str | None = None,
+    training: dict | None = None,
+) -> Path:
+    """Writes the tuner's weights and how to load them, and nothing of the base.
+
+    Args:
+        path: a file ending in .safetensors, or a folder.
+        dtype: of the weights in the file.
+        trigger_words, training: go into the metadata; by default those of the file it was loaded from.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: if no such tuner is attached, or a weight is not finite.
+    """
+    unet = get_unet(pipe)
+    config = tuner_config(unet, adapter_name)
+    old = getattr(unet.peft_config[adapter_name], "file", None)
+    with _offloading_paused(pipe):  # offloaded weights are elsewhere
+        tensors = {k: p.detach().cpu() for k, p in tuner_parameters(unet, adapter_name).items()}
+    file = tuner_file.TunerFile(
+        config,
+        tensors,
+        describe_base(pipe),
+        trigger_words if trigger_words is not None else getattr(old, "trigger_words", ""),
+        training if training is not None else getattr(old, "training", {}),
+    )
+    return tuner_file.save(path, file, dtype)
+
+
+def unload_tuner(pipe, adapter_name: str) -> None:
+    """Removes a tuner; after the last one the UNet is as if there had never been any.
+
+    Raises:
+        ValueError: if no tuner of that name is attached.
+    """
+    config = tuner_config(pipe, adapter_name)
+    with _offloading_paused(pipe):
+        _adapter_module(config).detach(get_unet(pipe), adapter_name, pipe)
+
+
+@contextmanager
+def _offloading_paused(pipe):
+    """Takes a pipeline's CPU offloading off and puts it on again, as diffusers does around loading a LoRA.
+
+    Uses three of diffusers' private helpers: there are no public ones, and its own loaders use these.
+    """
+    if pipe is get_unet(pipe):  # a bare UNet
+        try:
+            yield
+        finally:
+            _maybe_remove_and_reapply_group_offloading(pipe)
+        return
+    model, sequential, group = pipe._optionally_disable_offloading(pipe)
+    try:
+        yield
+    finally:
+        if model:
+            pipe.enable_model_cpu_offload(device=pipe._offload_device)
+        elif sequential:
+            pipe.enable_sequential_cpu_offload(device=pipe._offload_device)
+        elif group:
+            _maybe_remove_and_reapply_group_offloading(pipe.unet)

@@ -1,0 +1,174 @@
+"""The hook x' = OP(x) + tuner(x), and the layer that holds the tuners of one operation by name."""
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..tuners.base import Context
+from ..tuners.config import TunerConfig
+from .operations import CHILD_NAME, Operation
+from .sample_weights import per_sample_shape, tile_weights, to_device
+
+
+class TunerPeftConfig(PeftConfig):
+    """The entry of a tuner in `unet.peft_config`; `tuner` is its `TunerConfig`."""
+
+    def __init__(self, tuner: TunerConfig):
+        super().__init__()
+        self.tuner = tuner
+
+
+class ParallelTuners(nn.Module, BaseTunerLayer):
+    """The tuners that hang on one operation, by adapter name, each with its weight."""
+
+    adapter_layer_names = ("tuners",)
+
+    def __init__(self, operation: Operation):
+        nn.Module.__init__(self)
+        self.operation = operation
+        self.tuners = nn.ModuleDict()
+        self.weights: dict[str, float | torch.Tensor] = {}  # set_adapters' weight, or one per sample (B,)
+        self.call_scales: dict[str, float] = {}  # cross_attention_kwargs' scale, during one call
+        self.adapters_of_unet: dict[str, PeftConfig] = {}  # the UNet's peft_config
+        self.cast_input_dtype_enabled = True  # diffusers' layerwise casting switches it off
+        self._active_adapter = []
+        self._disable_adapters = False
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The weighted sum of the active tuners at x, (B, N, dim) beside `tuners.OPS`, or None where there is none.
+
+        `text` (B, L, text width) is what the operation got as `encoder_hidden_states`.
+        """
+        total = None
+        for name in [] if self._disable_adapters else self.active_adapters:
+            scale = self.weights.get(name, 0.0) * self.call_scales.get(name, 1.0)
+            if name not in self.tuners:
+                continue
+            if isinstance(scale, torch.Tensor):
+                part = self._per_sample(name, x, text, scale)
+            elif scale == 0:
+                continue
+            else:
+                part = self._tune(name, x, text)
+                part = part if scale == 1 else part * scale
+            total = part if total is None or part is None else total + part
+        return total
+
+    def _tune(self, name: str, x: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+        tuner, block = self.tuners[name], self.operation.block
+        chunked = self.operation.name == "ff" and block._chunk_size is not None and block._chunk_dim == 1
+        if chunked and not tuner.per_token:
+            raise ValueError(
+                f"the tuner {name!r} attends to all tokens, but its feed-forward gets a few at a time; chunk "
+                "it along the batch, set_chunk_feed_forward(size, dim=0), or not at all, set_chunk_feed_forward(None)"
+            )
+        if not tuner.calls_base and not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, next(tuner.parameters()).dtype)
+        return tuner(x, Context(self.operation.attention, text))
+
+    def _per_sample(self, name: str, x: torch.Tensor, text: torch.Tensor | None, weights: torch.Tensor):
+        """Each sample's result times its own weight; samples of weight 0 are left out where that is possible."""
+        weights = tile_weights(weights, len(x))
+        rows = weights.nonzero()[:, 0]  # on the CPU, as the weights are: no wait for a GPU
+        if not len(rows):
+            return None
+        if self.tuners[name].calls_base:  # a LoRA in the base may expect the whole batch, too
+            rows = torch.arange(len(x))
+        weights, rows = to_device(weights[rows], x.device), to_device(rows, x.device)
+        part = self._tune(name, x[rows], None if text is None else text[rows])
+        part = (part * per_sample_shape(weights, part)).to(part.dtype)
+        return part.new_zeros(len(x), *part.shape[1:]).index_copy(0, rows, part)
+
+    # What diffusers and PEFT call on every adapter layer.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if adapter not in self.tuners:
+            return
+        if self.call_scales.get(adapter) == 0:
+            # diffusers cannot divide a scale of 0 away and sets the weight to 1 instead: undo the call's scale
+            # only, so that the weight that the user has set survives
+            self.call_scales[adapter] = 1.0
+        else:
+            self.weights[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        for name in self.active_adapters:
+            self.call_scales[name] = scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        self.call_scales.clear()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = [n for n in adapter_names or self.active_adapters if n in self.tuners]
+        if names and not self._disable_adapters:
+            raise ValueError(cannot_fuse_message(names))
+
+    def unmerge(self) -> None:
+        pass  # nothing is ever merged
+
+    def get_base_layer(self) -> None:
+        """None: diffusers' `unload_lora_weights` puts this in the place of an adapter layer, which removes it."""
+        return None
+
+    base_layer = property(get_base_layer)
+
+    @property
+    def r(self) -> dict[str, int]:
+        """One entry per LoRA of the whole UNet: diffusers numbers unnamed LoRAs by its length."""
+        return {n: c.r for n, c in self.adapters_of_unet.items() if not isinstance(c, TunerPeftConfig)}
+
+    @property
+    def lora_A(self) -> nn.ModuleDict:
+        """What diffusers' `set_lora_device` moves."""
+        return self.tuners
+
+    lora_B = lora_A
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self.active_adapters == [adapter_name]:
+            # PEFT activates, layer by layer, one that is left: a LoRA layer its first LoRA. All must choose the same.
+            left = sorted(n for n in self.adapters_of_unet if n != adapter_name)
+            self.set_adapter([n for n in left if n in self.r][:1] or left[:1])
+        super().delete_adapter(adapter_name)
+        self.weights.pop(adapter_name, None)
+        self.call_scales.pop(adapter_name, None)
+
+
+def cannot_fuse_message(names: list[str]) -> str:
+    return (
+        f"the tuner{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))} cannot be fused into the base's "
+        "weights: a tuner's result depends on its input through its own attention or activation, so no change of "
+        "the frozen weights equals it (a LoRA's does; a full fine-tuning's would, and is kept beside them as well). "
+        "Leave it attached, or deactivate it first with "
+        'set_adapters(...), or fuse only LoRAs with fuse_lora(adapter_names=["..."])'
+    )
+
+
+def add_residual(op: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+    """The forward hook: x' = OP(x) + tuner(x), with OP's own input x."""
+    holder = op._modules.get(CHILD_NAME)
+    if holder is None:  # unload_lora_weights took the tuners away
+        return None
+    x = args[0] if args else kwargs["hidden_states"]
+    place = 2 if isinstance(op, BasicTransformerBlock) else 1  # gradient checkpointing passes everything by position
+    text = kwargs.get("encoder_hidden_states", args[place] if len(args) > place else None)
+    residual = holder(x, text[0] if isinstance(text, tuple) else text)  # an IP-Adapter adds pictures to the text
+    if residual is None:
+        return None
+    residual = residual.to(output.dtype)
+    if torch.is_grad_enabled():
+        return output + residual
+    return output.add_(residual)  # the operation has just made it; this saves a quarter of what a tuner costs
+
+
+def tuner_layers(unet) -> list[tuple[str, ParallelTuners]]:
+    """Every operation that has tuners beside it: its path in the UNet without adapters, and what holds them."""
+    found = ((n.removesuffix(f".{CHILD_NAME}"), m) for n, m in unet.named_modules() if isinstance(m, ParallelTuners))
+    return [(n.replace(".base_layer", ""), m) for n, m in found]
+
+
+def tuner_names(unet) -> list[str]:
+    """The names of the tuners (not the LoRAs) attached to this UNet."""
+    return [n for n, c in (getattr(unet, "peft_config", None) or {}).items() if isinstance(c, TunerPeftConfig)]

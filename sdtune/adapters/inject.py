@@ -1,0 +1,117 @@
+"""Hangs tuners in parallel on the operations of a UNet, and makes diffusers treat them as adapters.
+
+A forward hook on the operation adds `scale * tuner(x)` to its result; nothing is wrapped or renamed, so
+every key of the backbone stays as it was. The module that holds the tuners of one operation is a PEFT
+`BaseTunerLayer`, and the UNet's `peft_config` knows the adapter's name: that is all diffusers needs for
+`set_adapters`, `disable_adapters`, `enable_adapters`, `delete_adapters`, per-block weights, and
+`cross_attention_kwargs={"scale": s}` to drive a tuner like a LoRA, and to mix the two.
+"""
+
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..tuners.config import TunerConfig
+from .diffusers_guards import fuse_lora, load_lora_adapter, set_adapters, unload_lora
+from .hook import ParallelTuners, TunerPeftConfig, add_residual, tuner_layers, tuner_names
+from .operations import CHILD_NAME, find_operations
+
+
+def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a tuner of this configuration has on this UNet: "<op path>.<parameter>" -> shape."""
+    with torch.device("meta"):
+        return {
+            f"{path}.{name}": tuple(p.shape)
+            for path, op in find_operations(unet, config).items()
+            for name, p in op.new_tuner(config).named_parameters()
+        }
+
+
+def check_new_name(unet, name: str) -> None:
+    """Raises ValueError unless `name` can name a new adapter of this UNet."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter_name is {name!r}; it must be a non-empty string without a dot")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapter_name is {name!r}, a word that PyTorch reserves; choose another name")
+    if name in getattr(unet, "peft_config", {}):
+        raise ValueError(
+            f"adapter_name {name!r} is already in use; present: {', '.join(unet.peft_config)}. "
+            "Choose another name, or unload the old one first"
+        )
+
+
+def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Hangs a tuner on `unet` as adapter `name`, with fresh weights or with `tensors`, and activates it alone.
+
+    Fresh weights are drawn from torch's global generator on the CPU. The tuner takes the device of the operation
+    beside it and the dtype that the UNet computes in. Other adapters stay attached but inactive, as when a LoRA
+    is loaded.
+
+    Raises:
+        ValueError: for a name in use, or a model without the operations, or with its weights elsewhere. Nothing
+            is changed then.
+    """
+    check_new_name(unet, name)
+    ops = find_operations(unet, config)
+    tuners = {}
+    for path, op in ops.items():
+        device = next(op.module.parameters()).device
+        if device.type == "meta" and any(hasattr(m, "_hf_hook") for m in op.module.modules()):
+            raise ValueError("this UNet's weights are offloaded; hand over the pipeline, or remove its hooks first")
+        if tensors is None:
+            tuner = op.new_tuner(config)
+        else:
+            with torch.device("meta"):
+                tuner = op.new_tuner(config)
+            own = {n: tensors[f"{path}.{n}"] for n, _ in tuner.named_parameters()}
+            tuner.load_state_dict(own, assign=True)
+        tuners[path] = tuner.to(device, unet.dtype).train(op.module.training)
+
+    if getattr(unet, "peft_config", None) is None:
+        unet.peft_config = {}
+    unet.peft_config[name] = TunerPeftConfig(config)
+    unet._hf_peft_config_loaded = True
+    for path, op in ops.items():
+        if op.module._modules.get(CHILD_NAME) is None:
+            setattr(op.module, CHILD_NAME, ParallelTuners(op))
+            if not any(hook is add_residual for hook in op.module._forward_hooks.values()):
+                op.module.register_forward_hook(add_residual, with_kwargs=True)
+        holder = getattr(op.module, CHILD_NAME)
+        holder.tuners[name], holder.weights[name] = tuners[path], 1.0
+        holder.adapters_of_unet = unet.peft_config
+    unet.fuse_lora = partial(fuse_lora, unet)  # unlike a method, a partial can be pickled
+    unet.load_lora_adapter = partial(load_lora_adapter, unet)
+    unet.unload_lora, unet.set_adapters = partial(unload_lora, unet), partial(set_adapters, unet)
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter([name])
+            module.enable_adapters(True)
+
+
+def adapter_parameters(unet, name: str) -> dict[str, nn.Parameter]:
+    """The tuner's parameters, keyed "<op path>.<parameter>" as in its file."""
+    return {
+        f"{path}.{n}": p
+        for path, holder in tuner_layers(unet)
+        if name in holder.tuners
+        for n, p in holder.tuners[name].named_parameters()
+    }
+
+
+def remove_adapter(unet, name: str, pipe=None) -> None:
+    """Removes the tuner `name` altogether; the last one leaves the UNet as if there had never been any.
+
+    Given its pipeline, the LoRAs in other parts of that learn of it, too.
+    """
+    (pipe or unet).delete_adapters(name)
+    for _, holder in tuner_layers(unet):
+        if not holder.tuners:
+            op = holder.operation.module
+            delattr(op, CHILD_NAME)
+            for key in [k for k, hook in op._forward_hooks.items() if hook is add_residual]:
+                del op._forward_hooks[key], op._forward_hooks_with_kwargs[key]
+    if not tuner_names(unet):
+        for name in ("fuse_lora", "load_lora_adapter", "unload_lora", "set_adapters"):
+            unet.__dict__.pop(name, None)

@@ -1,0 +1,69 @@
+"""The comparisons, through PEFT: LoRA and DoRA on the same operations of the UNet, with the same verbs as `attach`.
+
+Their files are what diffusers and the community load (`pipe.load_lora_weights`), with our metadata beside.
+"""
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from ..tuners.config import TunerConfig
+
+# The linear layers of an operation, as diffusers names them.
+LAYERS = {
+    "attn1": ("to_q", "to_k", "to_v", "to_out.0"),
+    "attn2": ("to_q", "to_k", "to_v", "to_out.0"),
+    "ff": ("net.0.proj", "net.2"),
+}
+
+
+def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Adds a LoRA or DoRA of `config.rank` (alpha equal to it) on every linear layer of `config.ops`, and activates it.
+
+    Fresh weights start as in diffusers' training scripts, A Gaussian and B zero; `tensors` are as `parameters_of` keys
+    them.
+    """
+    if tensors is None:
+        targets = [f"{op}.{layer}" for op in config.ops for layer in LAYERS[op]]
+        dora = config.kind == "dora"
+        lora = LoraConfig(
+            r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=targets, use_dora=dora
+        )
+        unet.add_adapter(lora, adapter_name=name)
+    else:
+        unet.load_lora_adapter({f"unet.{k}": t for k, t in tensors.items()}, prefix="unet", adapter_name=name)
+    unet.peft_config[name].tuner = config
+
+
+def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that an adapter of this configuration has on this UNet, by its key, and its shape."""
+    ends = {f".{op}.{layer}" for op in config.ops for layer in LAYERS[op]}
+    shapes = {}
+    for path, layer in unet.named_modules():
+        if not any(path.endswith(end) for end in ends):
+            continue
+        shapes[f"{path}.lora_A.weight"] = (config.rank, layer.in_features)
+        shapes[f"{path}.lora_B.weight"] = (layer.out_features, config.rank)
+        if config.kind == "dora":
+            shapes[f"{path}.lora_magnitude_vector"] = (layer.out_features,)
+    return shapes
+
+
+def adapter_parameters(unet, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under the keys that diffusers saves: "<layer path>.lora_A.weight" and so on."""
+    found = {}
+    for key, parameter in unet.named_parameters():
+        path, _, rest = key.partition(".lora_")
+        parts = rest.split(".")
+        if parts[1:2] == [name]:
+            del parts[1]
+            key = f"{path}.lora_{'.'.join(parts)}"
+            found[key.removesuffix(".weight") if "magnitude" in key else key] = parameter
+    return found
+
+
+def remove_adapter(unet, name: str, pipe=None) -> None:
+    """Removes the adapter; the UNet's own layers return when no other adapter is left."""
+    (pipe or unet).delete_adapters(name)
+    if not getattr(unet, "peft_config", None):
+        unet.unload_lora()

@@ -1,0 +1,288 @@
+"""The tuner file: safetensors with the tuner's weights only, and metadata that says how to load it.
+
+`save` and `load` are a pair: what one writes the other reads with no flags. Keys are
+"unet.<op path>.<parameter>". The metadata holds the format version, the tuner's configuration, the base's
+name and shape, trigger words, training settings and library versions as JSON, and the modelspec
+(https://github.com/Stability-AI/ModelSpec) keys that the ecosystem shows.
+"""
+
+import datetime
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..tuners.config import TunerConfig
+
+FORMAT_VERSION = "1"
+FILE_NAME = "tuner.safetensors"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class TunerFileError(ValueError):
+    """A tuner file that cannot be used; the message names the file, what was found and what was expected."""
+
+
+@dataclass
+class TunerFile:
+    """What a tuner file holds.
+
+    Attributes:
+        config: the tuner.
+        tensors: "<op path>.<parameter>" -> weights on the CPU.
+        base: `name` of the base it was trained on and its `shape` (UNet configuration values that matter).
+        trigger_words: words that every training caption began with.
+        training: the settings of the run that made it; empty where none did.
+        versions: the libraries that wrote it.
+    """
+
+    config: TunerConfig
+    tensors: dict[str, torch.Tensor]
+    base: dict = field(default_factory=dict)
+    trigger_words: str = ""
+    training: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file and the folders to it, atomically, also when several processes write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def library_versions() -> dict[str, str]:
+    found = {}
+    for name in ("sdtune", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) -> Path:
+    """Writes a tuner file, atomically: a reader sees the old file or the whole new one, never a part.
+
+    Args:
+        path: the file to write, ending in .safetensors, or a folder (made if need be) to hold `tuner.safetensors`.
+        dtype: of the weights in the file.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: if a weight is not finite, or too large for `dtype`; nothing is written then.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path / FILE_NAME
+    tensors = {f"unet.{k}": t.detach().to("cpu", dtype).contiguous() for k, t in file.tensors.items()}
+    bad = [k for k, t in tensors.items() if not torch.isfinite(t).all()]
+    if bad:
+        raise ValueError(
+            f"{path} was not written: {len(bad)} of {len(tensors)} tensors hold NaN, infinity or values too large "
+            f"for {dtype}, the first is {bad[0]}"
+        )
+    base_name = file.base.get("name", "unknown base")
+    kind = "+".join(filter(None, (file.config.kind, file.config.ffn_kind)))
+    training = file.training
+    resolution = training.get("resolution")
+    metadata = {
+        "format": "pt",
+        "sdtune.format_version": FORMAT_VERSION,
+        "sdtune.tuner": json.dumps(asdict(file.config)),
+        "sdtune.base": json.dumps(file.base),
+        "sdtune.trigger_words": file.trigger_words,
+        "sdtune.training": json.dumps(training),
+        "sdtune.versions": json.dumps(library_versions()),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{_architecture(file.base)}/{kind.replace('_', '-')}",
+        "modelspec.implementation": "sdtune",
+        "modelspec.title": training.get("title") or f"{kind} tuner for {base_name}",
+        "modelspec.description": f"A {kind} tuner for {base_name}; load it with sdtune.load_tuner",
+        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "modelspec.prediction_type": "v" if _predicts_v(file.base) else "epsilon",
+    }
+    if file.trigger_words:
+        metadata["modelspec.trigger_phrase"] = file.trigger_words
+    if resolution:
+        metadata["modelspec.resolution"] = f"{resolution}x{resolution}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # what the user's umask gives; save_file would make it private
+        save_file(tensors, part, metadata=metadata)
+        part.chmod(mode)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _predicts_v(base: dict) -> bool:
+    return base.get("prediction_type") == "v_prediction"
+
+
+def _architecture(base: dict) -> str:
+    """The base's family in the words of modelspec: SD 2.x has a text encoder of width 1024."""
+    shape = base.get("shape")
+    if not isinstance(shape, dict) or shape.get("cross_attention_dim") != 1024:
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if _predicts_v(base) else "stable-diffusion-v2-512"
+
+
+def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
+    """Reads a tuner file.
+
+    Args:
+        source: a .safetensors file, a folder with one, or the id of a hub repository.
+        weight_name: the file's name inside a folder or repository.
+        hub: passed to `huggingface_hub.hf_hub_download` (`revision`, `token`, `cache_dir`, ...).
+
+    Raises:
+        TunerFileError: if there is no such file, or it is not a tuner file of a known version.
+    """
+    path = find(source, weight_name, **hub)
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            keys = list(f.keys())
+            found = metadata.get("sdtune.format_version")
+            if found is None:
+                raise TunerFileError(
+                    f"{path} is not a tuner file: its metadata has no sdtune.format_version. "
+                    + ("It looks like a LoRA; load it with pipe.load_lora_weights" if any("lora" in k for k in keys)
+                       else f"Expected a file that sdtune wrote; found keys such as {', '.join(keys[:2]) or 'none'}")
+                )  # fmt: skip
+            if found != FORMAT_VERSION:
+                raise TunerFileError(
+                    f"{path} has format version {found!r}; this sdtune reads version {FORMAT_VERSION!r}. "
+                    "Update sdtune, or save the tuner again with this version"
+                )
+            foreign = [k for k in keys if not k.startswith("unet.")]
+            if foreign:
+                raise TunerFileError(f"{path} holds keys that are no tuner's: {_some(foreign)}; expected unet.* only")
+            # get_tensor gives a view of the file, which would change with it
+            tensors = {k.removeprefix("unet."): f.get_tensor(k).clone() for k in keys}
+    except (SafetensorError, OSError) as error:
+        raise TunerFileError(
+            f"{path} is not a whole safetensors file ({error}); it may be truncated, or a pickle under another name. "
+            "Expected a file that sdtune wrote"
+        ) from error
+    fields = {}
+    for name in ("tuner", "base", "training", "versions"):
+        text = metadata.get(f"sdtune.{name}", "{}")
+        try:
+            fields[name] = json.loads(text)
+            if not isinstance(fields[name], dict):
+                raise ValueError("not an object")
+        except (ValueError, RecursionError) as error:
+            raise TunerFileError(f"{path}: the metadata sdtune.{name} is not a JSON object ({error})") from error
+    try:
+        config = TunerConfig(**fields["tuner"])
+    except (TypeError, ValueError) as error:
+        raise TunerFileError(f"{path}: its tuner configuration {fields['tuner']} is not usable: {error}") from error
+    bad = [k for k, t in tensors.items() if t.dtype not in _FLOATS or not torch.isfinite(t).all()]
+    if bad:
+        kinds = ", ".join(sorted({str(tensors[k].dtype) for k in bad}))
+        raise TunerFileError(
+            f"{path} holds weights that are NaN, infinite or non-float ({kinds}): {_some(bad)}; expected finite "
+            "weights of 16, 32 or 64 bits"
+        )
+    trigger = metadata.get("sdtune.trigger_words", "")
+    return TunerFile(config, tensors, fields["base"], trigger, fields["training"], fields["versions"])
+
+
+def is_plain_lora(path: Path) -> bool:
+    """Whether a file holds a LoRA that another tool wrote (kohya, diffusers, ...)."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return "sdtune.format_version" not in (f.metadata() or {}) and any("lora" in k for k in f.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
+def check_fits(file: TunerFile, expected: dict[str, tuple[int, ...]], source) -> None:
+    """Raises TunerFileError, listing every difference, unless the file has exactly the expected tensors."""
+    found = {k: tuple(t.shape) for k, t in file.tensors.items()}
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [
+        f"{k} is {list(found[k])}, expected {list(expected[k])}"
+        for k in expected
+        if k in found and found[k] != expected[k]
+    ]
+    if missing or extra or wrong:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} of the {len(expected)} expected are missing: {_some(missing)}")
+        if extra:
+            parts.append(f"{len(extra)} are not expected: {_some(extra)}")
+        if wrong:
+            parts.append(f"{len(wrong)} of another shape: {_some(wrong)}")
+        raise TunerFileError(
+            f"{source} does not fit this UNet ({'; '.join(parts)}). It was trained on "
+            f"{file.base.get('name', 'an unnamed base')} with shape {file.base.get('shape', 'unknown')}; "
+            "load it into a base of that shape"
+        )
+
+
+def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
+    """The path of a tuner file on this machine, fetched from the hub if `source` is a repository's id."""
+    try:
+        path = Path(source).expanduser()
+        folder, single = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user, ...
+        raise TunerFileError(
+            f"{source} cannot be looked up ({error}); expected a file, a folder or a hub id"
+        ) from error
+    if folder:
+        if (path / weight_name).is_file():
+            return path / weight_name
+        there = sorted(p.name for p in path.glob("*.safetensors"))
+        if len(there) == 1 and weight_name == FILE_NAME:
+            return path / there[0]
+        raise TunerFileError(
+            f"{path} holds no {weight_name}; found {', '.join(there) or 'no .safetensors file'}. "
+            "Name one with weight_name"
+        )
+    if single:
+        if path.suffix != ".safetensors":
+            raise TunerFileError(
+                f"{path} is not loaded: only .safetensors files are, since a {path.suffix or 'nameless'} file may be "
+                "a pickle, which can run code"
+            )
+        return path
+    text = str(source)
+    if (
+        path.suffix in (".safetensors", ".bin", ".pt", ".ckpt")
+        or text.count("/") != 1
+        or text.startswith((".", "/", "~"))
+    ):
+        raise TunerFileError(f"there is no file or folder {text}; expected a tuner file, its folder, or a hub id")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(text, weight_name, **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TunerFileError(
+            f"there is no folder {text} here, and {weight_name} could not be had from the hub repository of that "
+            f"name: {reason}"
+        ) from error
+
+
+def _some(items: list[str], most: int = 4) -> str:
+    rest = len(items) - most
+    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

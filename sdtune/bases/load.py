@@ -1,0 +1,136 @@
+"""Turns what a user calls a base into a diffusers pipeline: "tiny-sd", a folder, a single file, or a hub id."""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import hf_hub_download
+
+from .. import kernels
+from .errors import EXPECTED_BASE, BaseError, not_text_to_image, one_line
+from .single_file import inspect_single_file, load_single_file
+
+TINY_SD = Path(__file__).parent.parent / "assets" / "tiny-sd"
+_KNOWN = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+
+
+def load_base(base: str | Path = "tiny-sd", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """Loads a text-to-image Stable Diffusion 1.x or 2.x pipeline on the CPU, without a safety checker.
+
+    Its UNet and VAE are quickened (see `frozen`).
+
+    Args:
+        base: "tiny-sd" (the small base in assets/), a folder in diffusers layout, a single .safetensors
+            checkpoint in the original layout (loaded offline with the configs that ship here), or a hub id.
+        dtype: of all components.
+
+    Raises:
+        BaseError: if there is no such base, or it is no whole Stable Diffusion 1.x or 2.x.
+    """
+    path = _local(base)
+    if path is None:
+        text = str(base)
+        # The index first: what is no Stable Diffusion is refused before gigabytes of it are fetched.
+        _check_index(text, _from_hub(text, "model_index.json"))
+        try:
+            folder = StableDiffusionPipeline.download(text, safety_checker=None, use_safetensors=True)
+        except Exception as error:  # the hub client raises many kinds
+            raise BaseError(
+                f"the hub has {text}, but it could not be fetched: {one_line(error)}; {EXPECTED_BASE} with .safetensors "
+                "weights; check the network and try again (what has come is kept)"
+            ) from error
+        pipe = _from_folder(Path(folder), dtype)
+        pipe.register_to_config(_name_or_path=text)
+    elif path.is_file():
+        pipe = load_single_file(path, dtype)
+    else:
+        pipe = _from_folder(path, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    kernels.optimize(pipe.unet)
+    kernels.optimize(pipe.vae)
+    return pipe
+
+
+def native_resolution(base: str | Path) -> int:
+    """The side in pixels that a base was trained at, from its UNet's configuration or a single file's header.
+
+    Raises:
+        BaseError: as `load_base`, as far as that can be seen without reading the weights.
+    """
+    path = _local(base)
+    if path is not None and path.is_file():
+        return inspect_single_file(path).resolution
+    config = _from_hub(str(base), "unet/config.json") if path is None else path / "unet" / "config.json"
+    size = _read_json(config).get("sample_size")
+    if not isinstance(size, int):
+        raise BaseError(f"{config} has sample_size {size!r}; expected a whole number; set the resolution yourself")
+    return 8 * size
+
+
+def _local(base: str | Path) -> Path | None:
+    """The file or folder that `base` means, or None if it may be a hub id."""
+    text = str(base)
+    path = TINY_SD if text == "tiny-sd" else Path(base).expanduser()
+    if path.exists():
+        return path
+    if text == "tiny-sd":
+        raise BaseError(
+            f"the base tiny-sd is not at {path}; expected it where a clone of the repository has it; "
+            "install from a clone with pip install -e, or name another base"
+        )
+    if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt"):
+        raise BaseError(
+            f"there is no file or folder {text}; expected tiny-sd, a path, or a hub id such as owner/name; "
+            f"check the spelling (relative paths start from {Path.cwd()})"
+        )
+    return None
+
+
+def _from_hub(base: str, name: str) -> Path:
+    try:
+        return Path(hf_hub_download(base, name))
+    except Exception as error:  # the hub client raises many kinds
+        raise BaseError(
+            f"there is no folder {base} here, and the hub does not give {name} of a base of that name: "
+            f"{one_line(error)}; {EXPECTED_BASE}; check the spelling, the network, HF_HUB_OFFLINE and, for a gated base, "
+            "your login"
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise BaseError(f"{path} is missing; {EXPECTED_BASE} in diffusers layout; name a whole one")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseError(f"{path} is not readable: {error}; expected JSON; fetch the base again") from error
+    if not isinstance(value, dict):
+        raise BaseError(f"{path} holds a JSON {type(value).__name__}; expected an object; fetch the base again")
+    return value
+
+
+def _check_index(name: str | Path, index: Path) -> None:
+    kind = _read_json(index).get("_class_name")
+    if kind not in _KNOWN:
+        raise BaseError(
+            f"{name} is a {kind or 'pipeline without a name'}; {EXPECTED_BASE} ({_KNOWN[0]}); choose another base"
+        )
+
+
+def _from_folder(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    _check_index(path, path / "model_index.json")
+    channels = _read_json(path / "unet" / "config.json").get("in_channels", 4)
+    if channels != 4:
+        raise not_text_to_image(path, channels)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch_dtype`", FutureWarning)  # diffusers < 0.40 knows no other name
+            return StableDiffusionPipeline.from_pretrained(
+                path, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, local_files_only=True
+            )
+    except Exception as error:  # diffusers, transformers and safetensors raise many kinds
+        raise BaseError(
+            f"{path} could not be loaded: {one_line(error)}; {EXPECTED_BASE}, whole; fetch or save the base again"
+        ) from error

@@ -1,0 +1,59 @@
+"""The methods that the evaluation compares, at matched numbers of parameters."""
+
+import math
+
+from ..adapters import api
+from ..tuners.config import TunerConfig
+
+GROUPS = {
+    "paper": ["res_attn", "res_adapter", "res_prefix", "res_prompt"],
+    "baselines": ["lora", "lora_ff", "dora", "full"],
+    "dual": ["res_attn", "dual", "dual_swapped"],
+    "ablation": ["res_attn", "2x4", "8x4", "8x8", "mha", "ffn", "block"],
+}
+
+
+class EvaluationError(RuntimeError):
+    """An evaluation that cannot start; the message says what was found and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- methods
+
+
+def parameter_count(unet, config: TunerConfig) -> int:
+    """How many trainable parameters a tuner of this configuration has on this UNet."""
+    return sum(math.prod(shape) for shape in api.expected_shapes(unet, config).values())
+
+
+def methods(unet) -> dict[str, TunerConfig]:
+    """Every method by its name, for this UNet.
+
+    All have about the parameter count of Res-Attn 4x4 on attn1, attn2 and ff, as nearly as a whole rank or length
+    allows; but full fine-tuning has all of them, and the ablation's ranks, heads and operations are as named.
+    """
+    target = parameter_count(unet, TunerConfig())
+
+    def matched(setting: str, **others) -> TunerConfig:
+        one, two = (parameter_count(unet, TunerConfig(**others, **{setting: n})) for n in (1, 2))  # it grows linearly
+        return TunerConfig(**others, **{setting: min(1024, max(1, round(1 + (target - one) / (two - one))))})
+
+    attention = ["attn1", "attn2"]
+    return {
+        "res_attn": TunerConfig(),
+        "res_attn_text": matched("rank", kind="res_attn_text"),
+        "res_adapter": matched("length", kind="res_adapter"),
+        "res_prefix": matched("length", kind="res_prefix"),
+        "res_prompt": matched("length", kind="res_prompt"),
+        "dual": matched("length", kind="res_attn", ffn_kind="res_adapter"),
+        "dual_swapped": matched("length", kind="res_adapter", ffn_kind="res_attn"),
+        "lora": matched("rank", kind="lora", ops=attention),
+        "lora_ff": matched("rank", kind="lora"),
+        "dora": matched("rank", kind="dora", ops=attention),
+        "full": TunerConfig(kind="full"),
+        "2x4": TunerConfig(rank=2),
+        "8x4": TunerConfig(rank=8),
+        "8x8": TunerConfig(rank=8, num_heads=8),
+        "mha": TunerConfig(ops=attention),
+        "ffn": TunerConfig(ops=["ff"]),
+        "block": TunerConfig(ops=["block"]),
+    }

@@ -1,0 +1,58 @@
+"""Pictures about pictures: labelled grids and the loss plot. Knows PIL and matplotlib, no models."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+def make_grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str], cell: int = 192) -> Image.Image:
+    """A grid of pictures with a title over each column and a label at the left of each row, both wrapped.
+
+    Args:
+        rows: pictures, row by row; every row as long as `columns`.
+        columns, labels: the titles of columns and the labels of rows.
+        cell: side of one picture in the grid, in pixels.
+    """
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    gap, left = 8, 220
+    titles = [_wrap(title, font, cell, 5) for title in columns]
+    top = 14 + 20 * max(map(len, titles))
+    width = left + len(columns) * (cell + gap) + gap
+    height = top + len(rows) * (cell + gap)
+    out = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(out)
+    for i, lines in enumerate(titles):
+        middle = (left + i * (cell + gap) + cell // 2, top // 2)
+        pen.multiline_text(middle, "\n".join(lines), fill="#222222", font=font, anchor="mm", align="center")
+    for j, (row, label) in enumerate(zip(rows, labels)):
+        y = top + j * (cell + gap)
+        text = "\n".join(_wrap(label, small, left - 2 * gap, (cell - 8) // 18))
+        pen.multiline_text((gap, y + 4), text, fill="#444444", font=small, spacing=4)
+        for i, picture in enumerate(row):
+            small_picture = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+            out.paste(small_picture, (left + i * (cell + gap), y))
+    return out
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG, atomically."""
+    part = path.with_name(f".{path.name}.part")
+    picture.save(part, format="PNG")
+    part.replace(path)
+
+
+def mean_difference(a: Image.Image, b: Image.Image) -> float:
+    """The mean absolute difference of two pictures of one size, in grey levels (0 to 255)."""
+    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
+
+
+def _wrap(text: str, font, width: int, most: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " ..."]

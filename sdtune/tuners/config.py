@@ -1,0 +1,96 @@
+"""The settings of a tuner, `TunerConfig`, and the registry of all kinds of tuner."""
+
+import inspect
+from dataclasses import asdict, dataclass, field
+
+from .base import Tuner, Widths
+from .res_adapter import ResAdapter
+from .res_attn import ResAttn
+from .res_attn_text import ResAttnText
+from .res_prefix import ResPrefix
+from .res_prompt import ResPrompt
+
+KINDS = {
+    "res_attn": ResAttn,
+    "res_attn_text": ResAttnText,
+    "res_adapter": ResAdapter,
+    "res_prefix": ResPrefix,
+    "res_prompt": ResPrompt,
+}
+LORAS = ("lora", "dora")  # made by PEFT, in `adapters.lora`
+FULL = "full"  # full fine-tuning of every layer of the UNet; `ops` has no effect
+BASELINES = (*LORAS, FULL)  # what tuners are compared with
+OPS = ("attn1", "attn2", "ff", "block")
+
+
+def fields_of(kind: str) -> list[str]:
+    """The fields of `TunerConfig` other than `kind` that have an effect on tuners of this kind."""
+    if kind in BASELINES:
+        return [] if kind == FULL else ["ops", "rank"]
+    return ["ops"] + [n for n in inspect.signature(KINDS[kind]).parameters if n in TunerConfig.__dataclass_fields__]
+
+
+@dataclass(frozen=True)
+class TunerConfig:
+    """The settings of a tuner and the operations it is added to; written into every tuner file.
+
+    Raises:
+        ValueError: listing every field that is out of range, with what was found and what is possible.
+    """
+
+    kind: str = field(default="res_attn", metadata={"help": f"the tuner: {', '.join((*KINDS, *BASELINES))}"})
+    rank: int = field(default=4, metadata={"help": "width of one attention head of Res-Attn; of a LoRA: its rank"})
+    num_heads: int = field(default=4, metadata={"help": "number of heads of Res-Attn"})
+    ops: list[str] = field(
+        default_factory=lambda: ["attn1", "attn2", "ff"],
+        metadata={"help": f"the frozen operations that get a tuner in parallel, any of: {' '.join(OPS)}"},
+    )
+    qkv_bias: bool = field(default=False, metadata={"help": "give Res-Attn's qkv projection a bias"})
+    attn_drop: float = field(default=0.0, metadata={"help": "dropout on Res-Attn's attention weights"})
+    proj_drop: float = field(default=0.0, metadata={"help": "dropout on the tuner's result"})
+    length: int = field(
+        default=10, metadata={"help": "tokens of Res-Prefix and Res-Prompt; width of Res-Adapter's bottleneck"}
+    )
+    ffn_kind: str | None = field(
+        default=None, metadata={"help": "another kind of tuner for ff (dual tuning); default: the same as elsewhere"}
+    )
+
+    def __post_init__(self):
+        ops = [self.ops] if isinstance(self.ops, str) else self.ops
+        object.__setattr__(self, "ops", list(ops) if isinstance(ops, (list, tuple)) else ops)
+        wrong = []
+        if self.kind not in [*KINDS, *BASELINES]:
+            wrong.append(f"kind is {self.kind!r}; possible: {', '.join((*KINDS, *BASELINES))}")
+        for name in ("rank", "num_heads", "length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
+                wrong.append(f"{name} is {value!r}; it must be a whole number from 1 to 1024")
+        known = isinstance(self.ops, list) and all(op in OPS and self.ops.count(op) == 1 for op in self.ops)
+        if not self.ops or not known:
+            wrong.append(f"ops is {self.ops!r}; it must name one or more of {', '.join(OPS)}, each once")
+        elif self.kind == FULL and self.ops != TunerConfig().ops:
+            wrong.append(f"ops is {self.ops!r}; full fine-tuning changes every layer of the UNet: leave ops out")
+        elif self.kind in list(LORAS) and "block" in self.ops:
+            wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2 and ff, not on the whole block")
+        if self.ffn_kind is not None:
+            if self.ffn_kind not in list(KINDS):
+                wrong.append(f"ffn_kind is {self.ffn_kind!r}; possible: {', '.join(KINDS)}")
+            elif self.kind in list(BASELINES):
+                wrong.append(f"ffn_kind is {self.ffn_kind!r}; a {self.kind} cannot be combined with another kind")
+            elif known and "ff" not in self.ops:
+                wrong.append(f"ffn_kind is {self.ffn_kind!r}, but ops is {self.ops!r}, without ff")
+        if not isinstance(self.qkv_bias, bool):
+            wrong.append(f"qkv_bias is {self.qkv_bias!r}; it must be true or false")
+        for name in ("attn_drop", "proj_drop"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                wrong.append(f"{name} is {value!r}; it must be at least 0 and below 1")
+        if wrong:
+            raise ValueError("this tuner configuration cannot be used: " + "; ".join(wrong))
+
+
+def build_tuner(config: TunerConfig, op: str, widths: Widths) -> Tuner:
+    """A fresh tuner of the kind that the configuration names for the operation `op`."""
+    kind = KINDS[config.ffn_kind if op == "ff" and config.ffn_kind else config.kind]
+    offered = asdict(config) | asdict(widths)
+    return kind(**{name: offered[name] for name in inspect.signature(kind).parameters})
