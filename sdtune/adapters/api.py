@@ -112,13 +112,13 @@ def tuner_config(pipe, adapter_name: str) -> TunerConfig:
 
 def tuner_parameters(pipe, adapter_name: str) -> dict[str, torch.nn.Parameter]:
     """The parameters of an attached tuner, keyed as in its file (without the leading "unet.")."""
-    return _adapter_module(tuner_config(pipe, adapter_name)).parameters_of(get_unet(pipe), adapter_name)
+    return _adapter_module(tuner_config(pipe, adapter_name)).adapter_parameters(get_unet(pipe), adapter_name)
 
 
 def _attach(pipe, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
     unet = get_unet(pipe)
     with _offloading_paused(pipe):
-        _adapter_module(config).attach(unet, config, name, tensors)
+        _adapter_module(config).add_adapter(unet, config, name, tensors)
         if pipe is not unet:
             pipe.set_adapters(name)  # a LoRA may be active in the text encoder, too
 
@@ -168,7 +168,7 @@ def unload_tuner(pipe, adapter_name: str) -> None:
     """
     config = tuner_config(pipe, adapter_name)
     with _offloading_paused(pipe):
-        _adapter_module(config).detach(get_unet(pipe), adapter_name, pipe)
+        _adapter_module(config).remove_adapter(get_unet(pipe), adapter_name, pipe)
 
 
 @contextmanager

@@ -7,8 +7,6 @@ import os
 import unicodedata
 from pathlib import Path
 
-from .dataset import _read_text
-
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = (".txt", ".caption")
 
@@ -94,3 +92,13 @@ def _csv_rows(text: str):
                 yield number, line, dict(zip(columns, values))
     except csv.Error as error:
         yield end + 1, text.split("\n")[end], ValueError(f"not valid CSV ({error}), so the rest is not read")
+
+
+def _read_text(path: Path, name: str, problems: list[str]) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        problems.append(f"{name}: is not UTF-8 text (byte {error.start}); save it as UTF-8")
+    except OSError as error:
+        problems.append(f"{name}: cannot be opened ({error.strerror})")
+    return None

@@ -154,16 +154,6 @@ def _find(folder: Path, names: list[str], problems: list[str], notes: list[str])
     return items
 
 
-def _read_text(path: Path, name: str, problems: list[str]) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        problems.append(f"{name}: is not UTF-8 text (byte {error.start}); save it as UTF-8")
-    except OSError as error:
-        problems.append(f"{name}: cannot be opened ({error.strerror})")
-    return None
-
-
 def _check(where, items, resolution: int, problems: list[str], notes: list[str], log) -> list[Pair]:
     """The pairs, each picture read once in full; raises if there is any problem, else logs the notes."""
     pairs, least = [], (resolution + 1) // 2

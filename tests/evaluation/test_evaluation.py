@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import sdtune
+from sdtune.benchmark import measure
 from sdtune.evaluation import features, intervals, methods, metrics, report, runs, tasks
 from sdtune.training import stopping
 
