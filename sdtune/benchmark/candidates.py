@@ -1,10 +1,10 @@
-"""What `bench` measures: contestants that train or draw, each brought to the brink of its first unit of work.
+"""The candidates that the benchmark compares, each prepared up to its first unit of work.
 
 In training: what diffusers' examples/text_to_image/train_text_to_image_lora.py does per step, our trainer with any
-tuner, and the floor, the frozen UNet alone. In drawing: the base as diffusers and as we load it, any tuner, a LoRA of
-equal parameters as it is and fused.
+tuner, and the floor, which is the frozen UNet alone. In drawing: the base as diffusers and as we load it, any tuner, a
+LoRA of equal parameters as it is and fused.
 
-This file trains nothing itself: ours are `train._Trainer.step` and `drawing.draw_cells`.
+Nothing here trains or draws by itself: ours are `trainer.Trainer.step` and `compare.draw_cells`.
 """
 
 from collections.abc import Callable
@@ -43,8 +43,8 @@ DIFFUSERS_BASE, BASE, FUSED = "plain", "base", "lora_fused"
 CANDIDATES = {
     "train": {REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn", LORA: "sdtune, LoRA r 4",
               FLOOR: "floor: frozen UNet"},
-    "draw": {DIFFUSERS_BASE: "base as diffusers loads it", BASE: "base", RES_ATTN: "base + Res-Attn", LORA: "base + LoRA",
-             FUSED: "base + LoRA, fused"},
+    "draw": {DIFFUSERS_BASE: "base as diffusers loads it", BASE: "base", RES_ATTN: "base + Res-Attn",
+             LORA: "base + LoRA", FUSED: "base + LoRA, fused"},
 }  # fmt: skip
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 PROJECTIONS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -53,65 +53,69 @@ PROMPT = "a girl with silver hair, in anime style"
 
 @dataclass(frozen=True)
 class Job:
-    """What one contestant does; a child process is given it as JSON."""
+    """What one candidate does; its process gets it as JSON."""
 
-    part: str  # of CONTESTANTS, or finish: a whole training run
-    who: str
+    part: str  # train, draw, or finish: a whole training run
+    name: str  # of the candidate, in CANDIDATES
     base: str
-    dataset: str
-    work: str  # a folder for what it writes
+    data: str
+    work_folder: str  # for what it writes
     resolution: int
     batch: int
     precision: str
-    repeat: int  # steps or pictures in a child process, after one to warm up; the steps of a whole run
-    draw_steps: int  # of sampling
-    default_previews: bool = False  # whether our trainer's previews are its default ones, or as cheap as can be
+    repetitions: int  # steps or pictures of a candidate alone, after one to warm up; the steps of a whole run
+    sampling_steps: int
+    default_previews: bool = False  # whether our trainer's previews are its default ones, or as short as possible
     checkpointing: bool = False
-    tuner: dict | None = None  # a `TunerConfig` in place of the contestant's own
+    tuner: dict | None = None  # a `TunerConfig` in place of the candidate's own
 
     @property
     def label(self) -> str:
+        """The candidate's name in tables and messages."""
         if self.tuner:
-            return f"{self.who}, {self.part}"
-        label = CANDIDATES["draw" if self.part == "draw" else "train"][self.who]
+            return f"{self.name}, {self.part}"
+        label = CANDIDATES["draw" if self.part == "draw" else "train"][self.name]
         return label + (", checkpointing" if self.checkpointing else "")
 
-    def trainer(self) -> tuple[TrainConfig, TunerConfig]:
+    def configs(self) -> tuple[TrainConfig, TunerConfig]:
         """What a user would give our trainer; all else is its default."""
-        cheap = dict(preview_steps=1, preview_prompts=[PROMPT], preview_every=0)
+        short = dict(preview_steps=1, preview_prompts=[PROMPT], preview_every=0)
         config = TrainConfig(
-            base=self.base, data=self.data, output=str(Path(self.work) / "run" / self.who), batch_size=self.batch,
-            resolution=self.resolution, mixed_precision=self.precision, gradient_checkpointing=self.checkpointing,
-            steps=self.repeat if self.part == "finish" else 1000, **({} if self.default_previews else cheap),
+            base=self.base, data=self.data, output=str(Path(self.work_folder) / "run" / self.name),
+            batch_size=self.batch, resolution=self.resolution, mixed_precision=self.precision,
+            gradient_checkpointing=self.checkpointing, steps=self.repetitions if self.part == "finish" else 1000,
+            **({} if self.default_previews else short),
         )  # fmt: skip
         lora = dict(kind="lora", rank=4, ops=["attn1", "attn2"])
-        return config, TunerConfig(**(self.tuner or (lora if self.who == LORA else {})))
+        return config, TunerConfig(**(self.tuner or (lora if self.name == LORA else {})))
 
 
 class Candidate(NamedTuple):
-    """One that is ready: `run` is a unit of its work (a step, or drawing a batch), `finish` saves."""
+    """A candidate that is ready: `run` does a unit of its work (a step, or drawing a batch), `finish` saves."""
 
     run: Callable[[], None]
     finish: Callable[[], None] = lambda: None
 
 
 def prepare(job: Job) -> Candidate:
-    """Brings a contestant to the brink of its first unit."""
+    """Loads and sets up all that a candidate needs before its first unit of work."""
     if job.part == "draw":
-        return _drawing(job)
-    if job.who in (REFERENCE, FLOOR):
-        return _reference(job) if job.who == REFERENCE else _floor(job)
-    return Candidate(trainer.Trainer(*job.trainer()).step)
+        return _prepare_drawing(job)
+    if job.name == REFERENCE:
+        return _prepare_reference(job)
+    if job.name == FLOOR:
+        return _prepare_floor(job)
+    return Candidate(trainer.Trainer(*job.configs()).step)
 
 
-def _reference(job: Job) -> Candidate:
+def _prepare_reference(job: Job) -> Candidate:
     """diffusers' train_text_to_image_lora.py, as it is documented and behaves with its default flags and flipping.
 
     Every step decodes, scales, crops and flips image files in a DataLoader without workers, tokenises the captions,
     runs the VAE's encoder and the text encoder, and reads the loss back twice. LoRA r 4 in the UNet's attention,
-    AdamW, constant 1e-4. Its gradient clipping gets a used-up iterator, so it clips nothing.
+    AdamW, constant 1e-4. Its gradient clipping gets a exhausted iterator, so it clips nothing.
     """
-    AcceleratorState._reset_state()  # of our trainer, which may be in this process
+    AcceleratorState._reset_state()  # which our trainer may have set in this process
     accelerator = Accelerator(mixed_precision=job.precision, cpu=not torch.cuda.is_available())
     pairs, _ = dataset.read_splits(job.data, job.resolution, lambda line: None)
     pipe = load.load_base(job.base)
@@ -124,8 +128,8 @@ def _reference(job: Job) -> Candidate:
         cast_training_params(unet, dtype=torch.float32)
     trainable = filter(lambda p: p.requires_grad, unet.parameters())
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=1e-2)
-    batched = partial(_pixels_and_ids, pipe.tokenizer, job.resolution)
-    loader = torch.utils.data.DataLoader(pairs, batch_size=job.batch, shuffle=True, collate_fn=batched)
+    collate = partial(_pixels_and_ids, pipe.tokenizer, job.resolution)
+    loader = torch.utils.data.DataLoader(pairs, batch_size=job.batch, shuffle=True, collate_fn=collate)
     rate = get_scheduler("constant", optimizer)
     unet, optimizer, loader, rate = accelerator.prepare(unet.train(), optimizer, loader, rate)
     batches = chain.from_iterable(repeat(loader))
@@ -148,7 +152,7 @@ def _reference(job: Job) -> Candidate:
 
     def finish() -> None:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(accelerator.unwrap_model(unet)))
-        StableDiffusionPipeline.save_lora_weights(job.work, unet_lora_layers=layers)
+        StableDiffusionPipeline.save_lora_weights(job.work_folder, unet_lora_layers=layers)
 
     return Candidate(step, finish)
 
@@ -164,17 +168,17 @@ def _pixels_and_ids(tokenizer, side: int, pairs: list) -> tuple[torch.Tensor, to
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else image
         channels_first = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         pixels.append(channels_first.float().div(255).sub(0.5).div(0.5))
-    whole = dict(max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt")
-    return torch.stack(pixels), tokenizer([pair.caption for pair in pairs], **whole).input_ids
+    padded = dict(max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt")
+    return torch.stack(pixels), tokenizer([pair.caption for pair in pairs], **padded).input_ids
 
 
-def _floor(job: Job) -> Candidate:
+def _prepare_floor(job: Job) -> Candidate:
     """The frozen UNet's forward and backward, and nothing else: no data, no tuner, no optimizer, no autocast.
 
-    The gradient goes down to the result of the first operation that has a tuner beside it, as that tuner needs. On
-    CUDA it is recorded and replayed, as our trainer's step is.
+    The gradient reaches back to the result of the first operation that would have a tuner, as that tuner needs. On
+    CUDA it is captured as a CUDA graph, as our trainer's step is.
     """
-    heap.keep_freed_memory()  # as our trainer does, or the floor would lie above it
+    heap.keep_freed_memory()  # as our trainer does; otherwise the floor would be slower than it
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[job.precision]
     unet = kernels.restore(load.load_base(job.base).unet).requires_grad_(False).to(device, dtype).train()
     first = next(module for name, module in unet.named_modules() if name.endswith(".attn1"))
@@ -193,27 +197,28 @@ def _floor(job: Job) -> Candidate:
     return Candidate(partial(run, noisy=noisy, noise=noise, states=states, steps=steps))
 
 
-def _drawing(job: Job) -> Candidate:
-    """A pipeline that draws with a fresh adapter; what its weights are makes no difference to the time."""
+def _prepare_drawing(job: Job) -> Candidate:
+    """A pipeline that draws with a fresh adapter; the values of its weights make no difference to the time."""
     pipe = load.load_base(job.base, DTYPES[job.precision]).to("cuda" if torch.cuda.is_available() else "cpu")
     unet = pipe.unet.requires_grad_(False)
-    if job.tuner or job.who == RES_ATTN:
+    if job.tuner or job.name == RES_ATTN:
         api.add_tuner(pipe, TunerConfig(**job.tuner or {}))
-    elif job.who == DIFFUSERS_BASE:
+    elif job.name == DIFFUSERS_BASE:
         kernels.restore(unet), kernels.restore(pipe.vae)
-        return Candidate(partial(_as_diffusers_draws, pipe, job))
-    elif job.who != BASE:
+        return Candidate(partial(_draw_as_diffusers, pipe, job))
+    elif job.name != BASE:
         api.add_tuner(pipe, methods.methods(unet)["lora"])  # of equal parameters
-    if job.who == FUSED:
+    if job.name == FUSED:
         unet.fuse_lora()
         unet.unload_lora()
     unet.eval()
-    adapters = {} if job.who in (BASE, FUSED) else {"tuner_0": 1.0}
+    adapters = {} if job.name in (BASE, FUSED) else {"tuner_0": 1.0}
     cells = [compare.Cell(PROMPT, seed, adapters) for seed in range(job.batch)]
-    return Candidate(partial(compare.draw_cells, pipe, cells, steps=job.draw_steps, size=job.resolution))
+    return Candidate(partial(compare.draw_cells, pipe, cells, steps=job.sampling_steps, size=job.resolution))
 
 
-def _as_diffusers_draws(pipe: StableDiffusionPipeline, job: Job) -> None:
+def _draw_as_diffusers(pipe: StableDiffusionPipeline, job: Job) -> None:
+    """Draws a batch through the pipeline's own call."""
     noise = [torch.Generator("cpu").manual_seed(seed) for seed in range(job.batch)]
     size = dict(height=job.resolution, width=job.resolution)
-    pipe([PROMPT] * job.batch, num_inference_steps=job.draw_steps, generator=noise, **size)
+    pipe([PROMPT] * job.batch, num_inference_steps=job.sampling_steps, generator=noise, **size)
