@@ -19,6 +19,7 @@ from PIL import Image
 import sdtune
 from sdtune.adapters import inject
 from sdtune.bases import single_file
+from sdtune.bases.properties import get_unet
 from sdtune.training import dataset
 
 if not any("test_cuda" in argument for argument in sys.argv):  # pytest tests/test_gpu.py has the GPU for itself
@@ -30,7 +31,7 @@ ANIME = Path(__file__).parent.parent / "assets" / "anime"
 def stir(pipe, name: str, seed: int, size: float = 0.05) -> None:
     """Gives a fresh tuner weights that show."""
     generator = torch.Generator().manual_seed(seed)
-    for key, p in inject.adapter_parameters(sdtune.pipeline.unet_of(pipe), name).items():
+    for key, p in inject.adapter_parameters(get_unet(pipe), name).items():
         if ".o." in key:
             p.data += size * torch.randn(p.shape, generator=generator).to(p)
 

@@ -19,12 +19,12 @@ from . import inject, lora, state, tuner_file
 def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub) -> str:
     """Loads a tuner file into a pipeline, under `adapter_name`, and makes it the active adapter.
 
-    A LoRA file of another tool is handed to diffusers' `load_lora_weights`.
+    A LoRA file of another tool is loaded by diffusers' `load_lora_weights`.
 
     Args:
         pipe: a diffusers pipeline with a `unet`, or the UNet itself.
         source: a .safetensors file, a folder with one, or a hub id.
-        adapter_name: its name; by default tuner_0, tuner_1 and so on.
+        adapter_name: the adapter's name; by default tuner_0, tuner_1 and so on.
         weight_name: the file's name in a folder or hub repository.
         hub: for `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, ... `low_cpu_mem_usage`
             is accepted for diffusers' sake; loading never allocates the weights twice.
@@ -72,11 +72,11 @@ def _load_plain_lora(pipe, path: Path, name: str) -> None:
 
 
 def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tuner_0") -> str:
-    """Hangs a fresh tuner on a pipeline's UNet; it starts at zero, so pictures stay as they were.
+    """Adds a fresh tuner to a pipeline's UNet; it starts at zero, so it changes no picture yet.
 
     Args:
         pipe: a diffusers pipeline with a `unet`, or the UNet itself.
-        config: what to hang where; by default Res-Attn 4x4 on attn1, attn2 and ff.
+        config: the tuner and its operations; by default Res-Attn 4x4 on attn1, attn2 and ff.
 
     Raises:
         ValueError: if the name is taken or cannot be one, or the UNet lacks the operations.
@@ -87,7 +87,7 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tune
 
 
 def _adapter_module(config: TunerConfig):
-    """The module that knows tuners of this kind: `attach` or `baselines`, which have the same verbs."""
+    """The module for adapters of this kind, `inject` or `lora`, which have the same functions."""
     return lora if config.kind in LORAS else inject
 
 
@@ -120,7 +120,7 @@ def _attach(pipe, config: TunerConfig, name: str, tensors: dict[str, torch.Tenso
     with _offloading_paused(pipe):
         _adapter_module(config).add_adapter(unet, config, name, tensors)
         if pipe is not unet:
-            pipe.set_adapters(name)  # a LoRA may be active in the text encoder, too
+            pipe.set_adapters(name)  # deactivates a LoRA in the text encoder, too
 
 
 def save_tuner(
@@ -132,7 +132,7 @@ def save_tuner(
     trigger_words: str | None = None,
     training: dict | None = None,
 ) -> Path:
-    """Writes the tuner's weights and how to load them, and nothing of the base.
+    """Writes the tuner's weights and its configuration into a file, and nothing of the base.
 
     Args:
         path: a file ending in .safetensors, or a folder.
@@ -148,7 +148,7 @@ def save_tuner(
     unet = get_unet(pipe)
     config = tuner_config(unet, adapter_name)
     old = getattr(unet.peft_config[adapter_name], "file", None)
-    with _offloading_paused(pipe):  # offloaded weights are elsewhere
+    with _offloading_paused(pipe):  # offloaded weights are not in the modules
         tensors = {k: p.detach().cpu() for k, p in tuner_parameters(unet, adapter_name).items()}
     file = tuner_file.TunerFile(
         config,
@@ -161,7 +161,7 @@ def save_tuner(
 
 
 def unload_tuner(pipe, adapter_name: str) -> None:
-    """Removes a tuner; after the last one the UNet is as if there had never been any.
+    """Removes a tuner; after the last one the UNet is as it was before any was added.
 
     Raises:
         ValueError: if no tuner of that name is attached.
@@ -173,7 +173,7 @@ def unload_tuner(pipe, adapter_name: str) -> None:
 
 @contextmanager
 def _offloading_paused(pipe):
-    """Takes a pipeline's CPU offloading off and puts it on again, as diffusers does around loading a LoRA.
+    """A context that removes a pipeline's CPU offloading and restores it, as diffusers does around loading a LoRA.
 
     Uses three of diffusers' private helpers: there are no public ones, and its own loaders use these.
     """

@@ -1,4 +1,4 @@
-"""What diffusers' LoRA methods of a UNet must do differently while tuners are attached to it."""
+"""Replacements of four LoRA methods of diffusers' UNet, which do not know of tuners, while tuners are attached."""
 
 from ..tuners.config import FULL
 from .hook import cannot_fuse_message, tuner_layers, tuner_names
@@ -6,40 +6,41 @@ from .operations import CHILD_NAME
 
 
 def fuse_lora(unet, lora_scale=1.0, safe_fusing=False, adapter_names=None):
-    """diffusers' `fuse_lora`, refusing an active tuner before any LoRA has been merged."""
-    names = {n for _, holder in tuner_layers(unet) if not holder.disable_adapters
-             for n in (adapter_names or holder.active_adapters) if n in holder.tuners}  # fmt: skip
+    """diffusers' `fuse_lora`, which refuses an active tuner before any LoRA is merged."""
+    names = {n for _, layer in tuner_layers(unet) if not layer.disable_adapters
+             for n in (adapter_names or layer.active_adapters) if n in layer.tuners}  # fmt: skip
     if names:
         raise ValueError(cannot_fuse_message(sorted(names)))
     try:
         type(unet).fuse_lora(unet, lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
     finally:
-        for _, holder in tuner_layers(unet):  # lora_scale is for the LoRAs that are fused
-            holder.unscale_layer()
+        for _, layer in tuner_layers(unet):  # lora_scale is meant for the fused LoRAs only
+            layer.unscale_layer()
 
 
 def load_lora_adapter(unet, *args, **kwargs):
-    """diffusers' `load_lora_adapter`: as with two LoRAs, the one loaded last is the active one."""
+    """diffusers' `load_lora_adapter`; tuners become inactive, since the adapter loaded last is the active one."""
     before, name = set(getattr(unet, "peft_config", {})), kwargs.get("adapter_name")
     if name in tuner_names(unet):
         raise ValueError(f"adapter name {name!r} is already in use, by a tuner; a LoRA needs another name")
     result = type(unet).load_lora_adapter(unet, *args, **kwargs)
     added = [n for n in unet.peft_config if n not in before] if hasattr(unet, "peft_config") else []
-    for _, holder in tuner_layers(unet) if added else []:
-        holder.adapters_of_unet = unet.peft_config
-        holder.set_adapter(added)
+    for _, layer in tuner_layers(unet) if added else []:
+        layer.unet_adapters = unet.peft_config
+        layer.set_adapter(added)
     return result
 
 
 def unload_lora(unet):
-    """diffusers' `unload_lora`; a LoRA may be on a layer with a tuner beside it, which it would not find any more."""
-    for _, holder in tuner_layers(unet):
-        setattr(holder.operation.module, CHILD_NAME, None)
+    """diffusers' `unload_lora`, which would not find a LoRA on a layer inside an operation that has tuners."""
+    for _, layer in tuner_layers(unet):
+        setattr(layer.operation.module, CHILD_NAME, None)
     type(unet).unload_lora(unet)
 
 
 def set_adapters(unet, adapter_names, weights=None):
-    """diffusers' `set_adapters`, which reads the block from a layer's path, and not all layers of a UNet are in one."""
+    """diffusers' `set_adapters`, whose weights per block cannot be used with full fine-tuning: some layers are in no
+    block."""
     if any(isinstance(w, dict) for w in (weights if isinstance(weights, (list, tuple)) else [weights])):
         full = [n for n in tuner_names(unet) if unet.peft_config[n].tuner.kind == FULL]
         if full:

@@ -1,10 +1,10 @@
-"""Hangs tuners in parallel on the operations of a UNet, and makes diffusers treat them as adapters.
+"""Adds tuners to the operations of a UNet, in parallel, so that diffusers treats them as adapters.
 
-A forward hook on the operation adds `scale * tuner(x)` to its result; nothing is wrapped or renamed, so
-every key of the backbone stays as it was. The module that holds the tuners of one operation is a PEFT
-`BaseTunerLayer`, and the UNet's `peft_config` knows the adapter's name: that is all diffusers needs for
-`set_adapters`, `disable_adapters`, `enable_adapters`, `delete_adapters`, per-block weights, and
-`cross_attention_kwargs={"scale": s}` to drive a tuner like a LoRA, and to mix the two.
+A forward hook on the operation (`hook.add_residual`) adds `scale * tuner(x)` to its result. Nothing is wrapped or
+renamed, so every key of the base stays as it was. The layer that holds the tuners of an operation is a PEFT
+`BaseTunerLayer`, and the UNet's `peft_config` has the adapter's name. With these, diffusers' `set_adapters`,
+`disable_adapters`, `enable_adapters`, `delete_adapters`, weights per block and `cross_attention_kwargs={"scale": s}`
+work on a tuner as on a LoRA, and on mixtures of the two.
 """
 
 from functools import partial
@@ -43,15 +43,14 @@ def check_new_name(unet, name: str) -> None:
 
 
 def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
-    """Hangs a tuner on `unet` as adapter `name`, with fresh weights or with `tensors`, and activates it alone.
+    """Adds a tuner to `unet` as adapter `name`, fresh or with the weights `tensors`, and makes it the active adapter.
 
-    Fresh weights are drawn from torch's global generator on the CPU. The tuner takes the device of the operation
-    beside it and the dtype that the UNet computes in. Other adapters stay attached but inactive, as when a LoRA
-    is loaded.
+    Fresh weights are drawn from torch's global generator on the CPU. The tuner is put on the device of its operation
+    and into the dtype of the UNet. Other adapters stay attached but inactive, as when a LoRA is loaded.
 
     Raises:
-        ValueError: for a name in use, or a model without the operations, or with its weights elsewhere. Nothing
-            is changed then.
+        ValueError: if the name is in use, the model lacks the operations, or its weights are offloaded. Nothing is
+            changed then.
     """
     check_new_name(unet, name)
     ops = find_operations(unet, config)
@@ -59,7 +58,9 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
     for path, op in ops.items():
         device = next(op.module.parameters()).device
         if device.type == "meta" and any(hasattr(m, "_hf_hook") for m in op.module.modules()):
-            raise ValueError("this UNet's weights are offloaded; hand over the pipeline, or remove its hooks first")
+            raise ValueError(
+                "this UNet's weights are offloaded; pass the pipeline, or remove its offloading hooks first"
+            )
         if tensors is None:
             tuner = op.new_tuner(config)
         else:
@@ -78,9 +79,9 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
             setattr(op.module, CHILD_NAME, ParallelTuners(op))
             if not any(hook is add_residual for hook in op.module._forward_hooks.values()):
                 op.module.register_forward_hook(add_residual, with_kwargs=True)
-        holder = getattr(op.module, CHILD_NAME)
-        holder.tuners[name], holder.weights[name] = tuners[path], 1.0
-        holder.adapters_of_unet = unet.peft_config
+        layer = getattr(op.module, CHILD_NAME)
+        layer.tuners[name], layer.weights[name] = tuners[path], 1.0
+        layer.unet_adapters = unet.peft_config
     unet.fuse_lora = partial(fuse_lora, unet)  # unlike a method, a partial can be pickled
     unet.load_lora_adapter = partial(load_lora_adapter, unet)
     unet.unload_lora, unet.set_adapters = partial(unload_lora, unet), partial(set_adapters, unet)
@@ -94,21 +95,22 @@ def adapter_parameters(unet, name: str) -> dict[str, nn.Parameter]:
     """The tuner's parameters, keyed "<op path>.<parameter>" as in its file."""
     return {
         f"{path}.{n}": p
-        for path, holder in tuner_layers(unet)
-        if name in holder.tuners
-        for n, p in holder.tuners[name].named_parameters()
+        for path, layer in tuner_layers(unet)
+        if name in layer.tuners
+        for n, p in layer.tuners[name].named_parameters()
     }
 
 
 def remove_adapter(unet, name: str, pipe=None) -> None:
-    """Removes the tuner `name` altogether; the last one leaves the UNet as if there had never been any.
+    """Removes the tuner `name`; after the last one the UNet is as it was before any was added.
 
-    Given its pipeline, the LoRAs in other parts of that learn of it, too.
+    Args:
+        pipe: the UNet's pipeline, if there is one; then adapters in its text encoder are updated, too.
     """
     (pipe or unet).delete_adapters(name)
-    for _, holder in tuner_layers(unet):
-        if not holder.tuners:
-            op = holder.operation.module
+    for _, layer in tuner_layers(unet):
+        if not layer.tuners:
+            op = layer.operation.module
             delattr(op, CHILD_NAME)
             for key in [k for k, hook in op._forward_hooks.items() if hook is add_residual]:
                 del op._forward_hooks[key], op._forward_hooks_with_kwargs[key]

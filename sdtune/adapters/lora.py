@@ -1,6 +1,6 @@
-"""The comparisons, through PEFT: LoRA and DoRA on the same operations of the UNet, with the same verbs as `attach`.
+"""LoRA and DoRA, through PEFT, on the layers of the same operations; the functions are those of `inject`.
 
-Their files are what diffusers and the community load (`pipe.load_lora_weights`), with our metadata beside.
+Their files are read by diffusers (`pipe.load_lora_weights`) and carry our metadata.
 """
 
 import torch
@@ -20,8 +20,8 @@ LAYERS = {
 def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Adds a LoRA or DoRA of `config.rank` (alpha equal to it) on every linear layer of `config.ops`, and activates it.
 
-    Fresh weights start as in diffusers' training scripts, A Gaussian and B zero; `tensors` are as `parameters_of` keys
-    them.
+    Fresh weights start as in diffusers' training scripts, A Gaussian and B zero; the keys of
+    `tensors` are those of `adapter_parameters`.
     """
     if tensors is None:
         targets = [f"{op}.{layer}" for op in config.ops for layer in LAYERS[op]]

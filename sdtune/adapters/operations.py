@@ -10,16 +10,18 @@ from ..tuners.base import Tuner, Widths
 from ..tuners.config import FULL, TunerConfig, build_tuner
 from ..tuners.full import FullTuning
 
-CHILD_NAME = "res_tuner"  # the name under which an operation holds its tuners
-ADAPTER_PATHS = re.compile(rf"(^|\.)(lora_\w+|{CHILD_NAME})(\.|$)")  # in the paths of what belongs to adapters
+CHILD_NAME = "res_tuner"  # the name of the layer of tuners inside its operation
+ADAPTER_PATHS = re.compile(rf"(^|\.)(lora_\w+|{CHILD_NAME})(\.|$)")  # matches paths inside adapters
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A frozen operation: `name` in `tuners.OPS`, its module, and the block that it is in, or is.
+    """A frozen operation of a UNet. As a dataclass it can be an attribute of a module without becoming a submodule.
 
-    For full fine-tuning it is a single layer of the UNet, without a block. Kept as an attribute, it makes neither of
-    them a submodule.
+    Attributes:
+        name: one of `tuners.OPS`; "layer" for full fine-tuning, which changes single layers.
+        module: the frozen operation itself.
+        block: the transformer block that contains it, or that it is; None for a single layer.
     """
 
     name: str
@@ -27,15 +29,18 @@ class Operation:
     block: BasicTransformerBlock | None = None
 
     def new_tuner(self, config: TunerConfig) -> Tuner:
+        """A fresh tuner of this operation."""
         return FullTuning(self.module) if config.kind == FULL else build_tuner(config, self.name, self.widths)
 
     @property
     def attention(self) -> nn.Module | None:
-        """The frozen attention that a tuner may use: its own operation, or the block's attn1 (our reading)."""
+        """The frozen attention that a tuner may use: the operation itself, or the block's attn1 for ff and block (our
+        reading of Res-Tuning)."""
         return self.block and (self.block.attn2 if self.name == "attn2" else self.block.attn1)
 
     @property
     def widths(self) -> Widths:
+        """The widths that the shapes of this operation's tuner depend on."""
         block, attn = self.block, self.attention
         dim = block.norm1.normalized_shape[0] if hasattr(block.norm1, "normalized_shape") else block.dim
         with_text = block.attn2 if self.name == "block" and block.attn2 is not None else attn
@@ -51,7 +56,8 @@ def find_operations(unet, config: TunerConfig) -> dict[str, Operation]:
     """
     if config.kind == FULL:
         return {
-            path.replace(".base_layer", ""): Operation("layer", module)  # a LoRA on a layer holds it as its base_layer
+            # a LoRA keeps the layer as its base_layer
+            path.replace(".base_layer", ""): Operation("layer", module)
             for path, module in unet.named_modules()
             if isinstance(module, FullTuning.LAYERS) and module.weight is not None and not ADAPTER_PATHS.search(path)
         }
@@ -66,7 +72,7 @@ def find_operations(unet, config: TunerConfig) -> dict[str, Operation]:
             found[path if op == "block" else f"{path}.{op}"] = Operation(op, module, block)
     if not found:
         raise ValueError(
-            f"{type(unet).__name__} has no BasicTransformerBlock to hang a tuner on; expected the UNet of a "
+            f"{type(unet).__name__} has no BasicTransformerBlock, to which a tuner could be added; expected the UNet of a "
             "Stable Diffusion 1.x or 2.x"
         )
     if lacking:

@@ -14,16 +14,16 @@ from .state import preserve_adapters
 
 
 def can_share_a_pass(unet, names: Iterable[str]) -> bool:
-    """Whether `per_sample_weights` can weigh these adapters; those that this UNet does not have are no hindrance."""
-    return _hindrance(unet, [n for n in names if n in (getattr(unet, "peft_config", None) or {})]) is None
+    """Whether `per_sample_weights` works with these adapters; names that this UNet does not have are ignored."""
+    return _reason_against(unet, [n for n in names if n in (getattr(unet, "peft_config", None) or {})]) is None
 
 
-def _hindrance(unet, names: list[str]) -> str | None:
-    """Why these adapters cannot have a weight per sample, if they cannot: the first reason found."""
+def _reason_against(unet, names: list[str]) -> str | None:
+    """The first reason found why these adapters cannot have a weight per sample, or None."""
     seen = set()
     for path, module in unet.named_modules():
         if getattr(module, "_chunk_size", None) is not None and names:
-            return f"the feed-forward of {path} gets its input in chunks; call set_chunk_feed_forward(None) on it first"
+            return f"the feed-forward of {path} receives its input in chunks; call set_chunk_feed_forward(None) on it first"
         here = [n for n in names if isinstance(module, BaseTunerLayer) and n in module._get_available_adapters()]
         seen.update(here)
         for name in here if not isinstance(module, ParallelTuners) else []:
@@ -39,20 +39,20 @@ def _hindrance(unet, names: list[str]) -> str | None:
 
 @contextmanager
 def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int = 1):
-    """Exactly the named adapters, each with a weight per sample of the batch, for the length of a `with`.
+    """A context in which exactly the named adapters are active, each with a weight per sample of the batch.
 
-    What comes out for a sample is what `set_adapters` with its weights gives. A batch may hold the samples several
-    times over, one copy after the other, as under classifier-free guidance ([all uncond, all cond]): weights are
-    tiled to its length. After the `with`, active adapters, weights and switches are as they were.
+    The result for a sample equals that of `set_adapters` with its weights. A batch may contain the samples several
+    times, one copy after the other, as under classifier-free guidance ([all uncond, all cond]): the weights are tiled
+    to its length. Afterwards the active adapters, their weights and switches are as before.
 
     Args:
-        weights: tuner or LoRA -> one weight per sample, as many for each.
-        repeat: how many copies a batch holds at least; 2 under guidance.
+        weights: name of a tuner or LoRA -> one weight per sample; all of the same length.
+        repeat: the least number of copies in a batch; 2 under guidance.
 
     Raises:
         ValueError: if there is no such adapter, or it cannot have a weight per sample (DoRA, a fused LoRA, ...).
     """
-    why = _hindrance(unet, list(weights))
+    why = _reason_against(unet, list(weights))
     lengths = {n: len(w) for n, w in weights.items()}
     if why is None and (len(set(lengths.values())) > 1 or 0 in lengths.values()):
         why = f"every adapter needs as many weights as there are samples; found {lengths}"
@@ -61,7 +61,10 @@ def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int
     tensors = {n: torch.tensor(list(w), dtype=torch.float32, device="cpu").repeat(repeat) for n, w in weights.items()}
     with preserve_adapters(unet) as layers, ExitStack() as hooks:
         for layer in layers:
-            layer._active_adapter, layer._disable_adapters = list(tensors), False  # set_adapter would unfreeze, too
+            layer._active_adapter, layer._disable_adapters = (
+                list(tensors),
+                False,
+            )  # set_adapter would also make them trainable
             if isinstance(layer, ParallelTuners):
                 layer.weights.update({n: t for n, t in tensors.items() if n in layer.tuners})
             elif tensors.keys() & layer._get_available_adapters():
@@ -73,9 +76,9 @@ def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int
 
 
 def _scale_samples(tensors: dict[str, torch.Tensor], layer, args: tuple) -> None:
-    """Before a LoRA layer: its scaling times the sample's weight, (B, 1, 1) for tokens, (B, 1, 1, 1) for pictures.
+    """Before a LoRA layer runs, multiplies its scaling by the weight of each sample.
 
-    Only now are the device and the length of the batch known, and a call's own scale is in `layer.scaling`.
+    Only then are the device and the batch size known, and the scale of the call is part of `layer.scaling`.
     """
     x, layer.plain_scaling = args[0], dict(layer.scaling)
     for name in tensors.keys() & layer.scaling.keys():

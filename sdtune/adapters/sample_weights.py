@@ -1,4 +1,4 @@
-"""Tensors of weights per sample, in the shape, length and place that a batch needs."""
+"""Weights per sample as tensors of the length, device and shape that a batch needs."""
 
 from functools import lru_cache
 
@@ -6,14 +6,15 @@ import torch
 
 
 def tile_weights(weights: torch.Tensor, batch: int) -> torch.Tensor:
-    """The cells' weights (C,) for a batch that holds all the cells once or more: (batch,)."""
+    """Weights of C samples (C,) repeated for a batch that contains all samples one or more times: (batch,)."""
     if batch % len(weights):
-        raise ValueError(f"a batch of {batch} samples cannot hold {len(weights)} cells, each with its own weight")
+        raise ValueError(f"a batch of {batch} samples is no multiple of {len(weights)}, the number of weights")
     return weights.repeat(batch // len(weights))
 
 
 def to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A few numbers on another device. The same ones are sent once: while a GPU's work is recorded, nothing can be."""
+    """A few numbers on another device. The same numbers are copied once only: while a CUDA graph is captured no copy is
+    possible."""
     return _cached_tensor(tuple(numbers.tolist()), numbers.dtype, device)
 
 
@@ -23,5 +24,5 @@ def _cached_tensor(numbers: tuple, dtype: torch.dtype, device: torch.device) -> 
 
 
 def per_sample_shape(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Weights (B,) in the shape that multiplies x (B, ...) sample by sample."""
+    """Weights (B,) in the shape (B, 1, ...) that multiplies x (B, ...) sample by sample."""
     return weights.view(-1, *[1] * (x.ndim - 1))

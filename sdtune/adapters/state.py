@@ -1,4 +1,4 @@
-"""Keeps and restores which adapters of a model are active, with their weights."""
+"""Restores which adapters of a model are active, and their weights, after a temporary change."""
 
 from contextlib import contextmanager
 
@@ -9,7 +9,7 @@ from .hook import ParallelTuners
 
 @contextmanager
 def preserve_adapters(*models):
-    """Restores, at the end of a `with`, which adapters are active, their weights, and what is trainable."""
+    """A context that at its end restores the active adapters, their weights, and which parameters are trainable."""
     layers = [layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     before = [
         (m, list(m.active_adapters), m._disable_adapters, adapter_scales(m), dict(adapter_scales(m))) for m in layers
@@ -27,7 +27,7 @@ def preserve_adapters(*models):
 
 @contextmanager
 def adapters_disabled(unet):
-    """The UNet without the effect of any of its adapters, for the length of a `with`."""
+    """A context in which no adapter of the UNet has an effect."""
     with preserve_adapters(unet) as layers:
         for layer in layers:
             layer._disable_adapters = True
@@ -35,5 +35,5 @@ def adapters_disabled(unet):
 
 
 def adapter_scales(layer: BaseTunerLayer) -> dict[str, float]:
-    """The weights of an adapter layer's adapters, to be changed in place: a LoRA's include its alpha / r."""
+    """The weights of an adapter layer's adapters, which may be changed in place; those of a LoRA include alpha / r."""
     return layer.weights if isinstance(layer, ParallelTuners) else getattr(layer, "scaling", {})

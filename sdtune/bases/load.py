@@ -12,14 +12,14 @@ from .. import kernels
 from .errors import EXPECTED_BASE, BaseError, not_text_to_image, one_line
 from .single_file import inspect_single_file, load_single_file
 
-TINY_SD = Path(__file__).parent.parent / "assets" / "tiny-sd"
+TINY_SD = Path(__file__).parents[2] / "assets" / "tiny-sd"
 _KNOWN = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 
 
 def load_base(base: str | Path = "tiny-sd", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """Loads a text-to-image Stable Diffusion 1.x or 2.x pipeline on the CPU, without a safety checker.
 
-    Its UNet and VAE are quickened (see `frozen`).
+    Frozen layers of its UNet and VAE use the faster kernels of `sdtune.kernels`.
 
     Args:
         base: "tiny-sd" (the small base in assets/), a folder in diffusers layout, a single .safetensors
@@ -38,8 +38,8 @@ def load_base(base: str | Path = "tiny-sd", dtype: torch.dtype = torch.float32) 
             folder = StableDiffusionPipeline.download(text, safety_checker=None, use_safetensors=True)
         except Exception as error:  # the hub client raises many kinds
             raise BaseError(
-                f"the hub has {text}, but it could not be fetched: {one_line(error)}; {EXPECTED_BASE} with .safetensors "
-                "weights; check the network and try again (what has come is kept)"
+                f"the hub has {text}, but it could not be fetched: {one_line(error)}; {EXPECTED_BASE} with "
+                ".safetensors weights; check the network and try again (what has come is kept)"
             ) from error
         pipe = _from_folder(Path(folder), dtype)
         pipe.register_to_config(_name_or_path=text)
@@ -94,8 +94,8 @@ def _from_hub(base: str, name: str) -> Path:
     except Exception as error:  # the hub client raises many kinds
         raise BaseError(
             f"there is no folder {base} here, and the hub does not give {name} of a base of that name: "
-            f"{one_line(error)}; {EXPECTED_BASE}; check the spelling, the network, HF_HUB_OFFLINE and, for a gated base, "
-            "your login"
+            f"{one_line(error)}; {EXPECTED_BASE}; check the spelling, the network, HF_HUB_OFFLINE and, for a gated "
+            "base, your login"
         ) from error
 
 

@@ -110,8 +110,8 @@ def load_single_file(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     lacking = [name for name, weight in pipe.text_encoder.named_parameters() if weight.is_meta]  # left so silently
     if lacking:
         raise BaseError(
-            f"{path} lacks {len(lacking)} weights of the text encoder, such as {lacking[0]}; {EXPECTED_BASE} checkpoint, "
-            "whole; get this base again"
+            f"{path} lacks {len(lacking)} weights of the text encoder, such as {lacking[0]}; {EXPECTED_BASE} "
+            "checkpoint, whole; get this base again"
         )
     pipe.unet.register_to_config(sample_size=found.resolution // 8)
     pipe.scheduler.register_to_config(prediction_type=found.prediction_type)

@@ -1,7 +1,7 @@
-"""Many pictures in few UNet passes: the same noise drawn by the base, tuners, LoRAs and mixes of them, side by side.
+"""Many pictures in few UNet passes: the base, tuners, LoRAs and mixtures of them side by side from the same noise.
 
-Each picture of a batch has its own adapter weights, so a row of columns costs one pass of the UNet per
-sampling step instead of one per column.
+Each picture of a batch has its own adapter weights, so a row of columns costs one pass of the UNet per sampling step
+instead of one per column.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,14 +71,14 @@ def draw_cells(
 ) -> list:
     """Draws all cells, in as few UNet passes as their guidance and adapters allow; the pipe is left as it was.
 
-    But without a GPU this process from now on keeps what it frees (`launch.keep_freed_memory`), and on one the weights
-    of convolutions lie as they are quickest from now on (`frozen.lay_out`).
+    Two settings stay: without a GPU this process keeps freed memory (`heap.keep_freed_memory`), and on a GPU the
+    weights of convolutions are in channels_last (`kernels.to_channels_last`).
 
     Args:
         size: side in pixels; by default the base's own.
         batch: most pictures in one pass; by default as many as 16 of 256 px would be.
         title: of a progress bar; without one none is shown.
-        on_step: gets (UNet passes done, passes in all) after each; what it raises ends the drawing there.
+        on_step: called with (UNet passes done, passes in all) after each pass; an exception of it ends the drawing.
 
     Returns:
         One PIL picture per cell, in order.
@@ -124,7 +124,7 @@ def draw_cells(
 
 
 def _groups(pipe, cells: Sequence[Cell], batch: int) -> Iterator[list[int]]:
-    """The numbers of the cells that one pass draws: one guidance, and adapters that can share a pass."""
+    """The indices of the cells of each pass: cells of one guidance whose adapters can share a pass."""
     kinds: dict[tuple, list[int]] = {}
     for i, cell in enumerate(cells):
         shared = per_sample.can_share_a_pass(pipe.unet, list(cell.adapters))

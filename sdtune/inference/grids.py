@@ -1,4 +1,4 @@
-"""Pictures about pictures: labelled grids and the loss plot. Knows PIL and matplotlib, no models."""
+"""Labelled grids of pictures, and how PNG files are written."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def make_grid(rows: list[list[Image.Image]], columns: list[str], labels: list[st
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG, atomically."""
+    """Writes a PNG file atomically: a reader sees the old file or the whole new one."""
     part = path.with_name(f".{path.name}.part")
     picture.save(part, format="PNG")
     part.replace(path)

@@ -108,7 +108,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResnetBlock2D(resnet.ResnetBlock2D):
-    """diffusers' residual block with its usual settings: a norm and its SiLU are one kernel, and nothing is divided by 1."""
+    """diffusers' residual block with its usual settings: a norm and its SiLU are one kernel; no division by 1."""
 
     SETTINGS = dict(upsample=None, downsample=None, time_embedding_norm="default", skip_time_act=False,
                     output_scale_factor=1.0)  # fmt: skip
@@ -124,7 +124,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + x
 
     def _activated(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """The nonlinearity of the norm of x. A hook of a tuner on the norm changes its result, so there both stay apart."""
+        """The nonlinearity of the norm of x, computed apart where a tuner's hook changes the norm's result."""
         usual = type(norm) is GroupNorm and type(self.nonlinearity) is nn.SiLU and not norm._forward_hooks
         return norm._compute(x, silu=True) if usual and norm._is_faster(x) else self.nonlinearity(norm(x))
 

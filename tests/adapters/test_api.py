@@ -388,7 +388,7 @@ def test_saving_what_was_loaded_gives_the_same_content_and_keeps_where_it_came_f
     sdtune.save_tuner(tuned, tmp_path / "a", "one", trigger_words="tok", training={"steps": 3})
     sdtune.load_tuner(tuned, tmp_path / "a", "again")
     path = sdtune.save_tuner(tuned, tmp_path / "b.safetensors", "again")
-    a, b = sdtune.store.load(tmp_path / "a"), sdtune.store.load(path)
+    a, b = tuner_file.load(tmp_path / "a"), tuner_file.load(path)
     assert a.config == b.config and a.base == b.base and b.trigger_words == "tok" and b.training == {"steps": 3}
     assert a.base["name"] == "tiny-sd" and a.base["prediction_type"] == "epsilon"
     assert a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
@@ -481,7 +481,7 @@ def test_cpu_offloading_survives_loading_saving_and_unloading(
     assert ("sequential" in how) == all(p.is_meta for p in inject.adapter_parameters(pipe.unet, "one").values())
     assert torch.equal(picture(pipe), alone["one"])
     sdtune.save_tuner(pipe, tmp_path, "one")
-    saved, known = sdtune.store.load(tmp_path).tensors, sdtune.store.load(files / "one.safetensors").tensors
+    saved, known = tuner_file.load(tmp_path).tensors, tuner_file.load(files / "one.safetensors").tensors
     assert saved.keys() == known.keys() and all(torch.equal(saved[k], known[k]) for k in known)
     assert hasattr(pipe.unet, "_hf_hook") and torch.equal(picture(pipe), alone["one"])
     sdtune.unload_tuner(pipe, "one")

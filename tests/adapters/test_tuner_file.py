@@ -160,9 +160,9 @@ def test_others_may_read_the_file_as_the_umask_says(tensors, tmp_path):
 
 def test_kill_9_while_saving_leaves_a_whole_file(tmp_path):
     code = (
-        "import torch, sys; from sdtune import store, TunerConfig\n"
+        "import torch, sys; from sdtune import TunerConfig; from sdtune.adapters import tuner_file\n"
         "tensors = {'a': torch.ones(3_000_000)}\n"
-        "while True: store.save(sys.argv[1], store.TunerFile(TunerConfig(), tensors))"
+        "while True: tuner_file.save(sys.argv[1], tuner_file.TunerFile(TunerConfig(), tensors))"
     )
     path = tmp_path / "a.safetensors"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)])

@@ -168,7 +168,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def single(small, monkeypatch):
-    monkeypatch.setattr(load, "CONFIGS", small[0])
+    monkeypatch.setattr(single_file, "CONFIGS", small[0])
     return small[1]
 
 

@@ -45,8 +45,8 @@ def alike(a, b, within: float) -> bool:
 def test_a_recorded_step_learns_what_a_step_launched_piece_by_piece_does(tmp_path, monkeypatch, kind):
     tuner = sdtune.TunerConfig(kind=kind) if kind != "lora" else sdtune.TunerConfig(kind=kind, ops=["attn1", "attn2"])
     recorded = []
-    record = graphs.CudaGraphed._record
-    monkeypatch.setattr(graphs.CudaGraphed, "_record", lambda self: recorded.append(1) or record(self))
+    record = graphs.CudaGraphed._capture
+    monkeypatch.setattr(graphs.CudaGraphed, "_capture", lambda self: recorded.append(1) or record(self))
     losses, weights = run(tmp_path, "recorded", tuner)
     assert recorded and all(map(math.isfinite, losses))
     monkeypatch.setattr(graphs, "CudaGraphed", lambda function: function)
@@ -63,7 +63,7 @@ def test_a_recorded_step_learns_what_a_step_launched_piece_by_piece_does(tmp_pat
 def test_other_ways_to_train_are_recorded_too(tmp_path, changes, recwarn):
     losses, weights = run(tmp_path, "run", **changes)
     assert all(map(math.isfinite, losses)) and torch.isfinite(weights).all()
-    assert not [w for w in recwarn if "cannot be recorded" in str(w.message)]
+    assert not [w for w in recwarn if "no CUDA graph could be captured" in str(w.message)]
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path):
@@ -84,7 +84,7 @@ def test_what_cannot_be_recorded_is_done_piece_by_piece_after_a_warning():
     replayed = graphs.CudaGraphed(lambda x: x * x.sum().item())
     one, two = (torch.full((3,), float(n), device="cuda") for n in (1, 2))
     assert replayed(x=one).tolist() == [3, 3, 3]
-    with pytest.warns(UserWarning, match="cannot be recorded"):
+    with pytest.warns(UserWarning, match="no CUDA graph could be captured"):
         assert replayed(x=two).tolist() == [12, 12, 12]
     assert replayed(x=one).tolist() == [3, 3, 3]
 
@@ -115,7 +115,7 @@ def test_recorded_passes_draw_what_passes_launched_piece_by_piece_do(loaded, mon
     for a, b, c in zip(together, plain, singly):
         assert grids.mean_difference(a, b) < 1 and grids.mean_difference(c, b) < rounding
     assert grids.mean_difference(together[0], together[1]) > 2
-    assert not [w for w in recwarn if "cannot be recorded" in str(w.message)]
+    assert not [w for w in recwarn if "no CUDA graph could be captured" in str(w.message)]
 
 
 def test_a_tuned_pipeline_of_the_user_draws_as_before_after_it_was_recorded(loaded, files):

@@ -128,7 +128,7 @@ def test_convolutions_that_are_no_whole_tiles_and_few_rows_are_left_as_they_are(
 
 
 def test_without_pytorch_s_threads_and_off_amd_everything_is_left_as_it_is(kind, calls, monkeypatch):
-    monkeypatch.setattr(numba_threads, "_found", False)
+    monkeypatch.setattr(numba_threads, "_openmp_found", False)
     monkeypatch.setattr(layers, "_on_amd", lambda: False)
     assert torch.equal(layer(kind)(given()), kernels.restore(layer(kind))(given()))
     assert not calls

@@ -1,8 +1,8 @@
-"""Loops in Python that become machine code and run on PyTorch's own threads, on a CPU. Importing this imports Numba.
+"""Loops in Python, compiled by Numba and run on PyTorch's own threads.
 
-Numba's own threads would be a second set: those of either keep turning for a while after their work, in the way of the
-other's. And Numba takes three times as long to compile what it shares out itself. Compiling takes seconds when a
-function is first needed on a machine; after that it is read from disk.
+Numba's own thread pool would be a second one, and threads of both pools wait in busy loops after their work, which
+slows the other pool. Numba's parallel loops also take three times as long to compile. Compiling takes seconds when a
+function is first used on a machine; after that the machine code is read from disk.
 """
 
 import ctypes
@@ -19,29 +19,32 @@ from numba.extending import intrinsic
 from ..dispatch import is_traced
 
 fp32 = np.float32
-# Sums may be reordered, or they would not be vectorised; but nan and inf stay what they are.
+# Sums may be reordered, or they would not be vectorised; nan and inf keep their meaning.
 _JIT_OPTIONS = dict(fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
-jit_inline = numba.njit(**_JIT_OPTIONS)  # decorates what the others call
-jit_in_order = numba.njit(**_JIT_OPTIONS | dict(fastmath={"contract"}))  # as `inner`, and its sums are not reordered
-jit_thread = numba.njit(nogil=True, **_JIT_OPTIONS)  # decorates f(part, parts, *arguments), which `share` calls
+jit_inline = numba.njit(**_JIT_OPTIONS)  # for functions that compiled functions call
+jit_in_order = numba.njit(**_JIT_OPTIONS | dict(fastmath={"contract"}))  # the same with sums in the written order
+jit_thread = numba.njit(nogil=True, **_JIT_OPTIONS)  # for f(part, parts, *arguments) that `run_on_threads` calls
 
 
 @jit_inline
 def thread_range(part, parts, total):
-    """The rounds of a loop that a thread does, all next to one another."""
+    """The iterations of a loop of `total` that thread `part` of `parts` does: one contiguous range."""
     return range(total * part // parts, total * (part + 1) // parts)
 
 
 def jit_entry(function):
-    """Decorates f(threads, *arguments), which calls `share` and is called by `call`."""
+    """Decorates f(threads, *arguments), which calls `run_on_threads` and is called by `run`."""
     try:
         return numba.njit(nogil=True, cache=True, **_JIT_OPTIONS)(function)
-    except RuntimeError:  # no folder where it could be kept
+    except RuntimeError:  # there is no folder for the compiled code
         return numba.njit(nogil=True, **_JIT_OPTIONS)(function)
 
 
 def run(function, *arguments) -> None:
-    """Calls what `outer` gave, for PyTorch's number of threads; tensors become arrays, floats fp32, also in tuples."""
+    """Calls a `jit_entry` function with PyTorch's number of threads.
+
+    Tensors are passed as NumPy arrays and floats as fp32, also inside tuples.
+    """
     function(torch.get_num_threads(), *map(_to_numpy, arguments))
 
 
@@ -53,25 +56,25 @@ def _to_numpy(argument):
     return fp32(argument) if isinstance(argument, float) else argument
 
 
-# What OpenMP's `parallel` is compiled to, in the library that PyTorch has loaded.
+# The functions that OpenMP's `parallel` compiles to, from the library that PyTorch has loaded.
 _NAMES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 try:
     for _name in _NAMES:
         _address = ctypes.cast(getattr(ctypes.CDLL(None), _name), ctypes.c_void_p).value
         llvmlite.binding.add_symbol(_name, _address)
-    _found = True
+    _openmp_found = True
 except (AttributeError, OSError, TypeError):  # another OpenMP, or none
-    _found = False
+    _openmp_found = False
 
 
 def is_available() -> bool:
-    """Whether loops can be shared, and calls of them would not be lost."""
-    return _found and not is_traced()
+    """Whether loops can run on PyTorch's threads here; not while PyTorch traces, which would lose the calls."""
+    return _openmp_found and not is_traced()
 
 
 @intrinsic
 def run_on_threads(typing, function, threads, arguments):
-    """Calls what `part` gave in each thread: function(number of the thread, how many there are, *arguments).
+    """Calls a `jit_thread` function in each thread: function(number of the thread, number of threads, *arguments).
 
     Raises:
         MemoryError: if a thread raised, which in loops like these only an allocation does.

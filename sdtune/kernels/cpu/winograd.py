@@ -1,4 +1,4 @@
-"""Convolutions of 3x3 on a CPU with a quarter of the multiplications.
+"""3x3 convolutions on a CPU with a quarter of the multiplications: Winograd's algorithm.
 
 F(4x4, 3x3) of Lavin & Gray (arXiv 1509.09308, section 4.1): a tile of 4x4 results is a polynomial product, which 6x6
 products of values at its points give, where 4x4x3x3 were needed. So the convolution becomes 36 matrix products, between
@@ -6,7 +6,7 @@ a transform of the input and one of the results. The points are 0, 3/4, -3/4, 3/
 in binary, and near those of the least rounding error (Barabasz et al., arXiv 1803.10986), so that results differ from
 PyTorch's by little more than theirs do from exact ones.
 
-Weights are transformed anew each time: that costs little, and nothing is kept. Importing this imports Numba.
+The weights are transformed at each call, which costs little, so that nothing has to be stored.
 """
 
 import numpy as np
@@ -15,21 +15,21 @@ from torch.autograd.function import once_differentiable
 
 from .numba_threads import fp32, is_available, jit_entry, jit_inline, jit_thread, run, run_on_threads, thread_range
 
-MIN_TILES = 32  # for fewer, transforming the weights costs more than it saves
-MIN_CHANNELS = 32  # for fewer, transforming the input does
-_MAX_INPUT, _MAX_WEIGHTS = 2**23, 2**23  # numbers of the transformed input and weights at a time
+MIN_TILES = 32  # with fewer, the transform of the weights costs more than it saves
+MIN_CHANNELS = 32  # with fewer, the transform of the input costs more than it saves
+_MAX_INPUT, _MAX_WEIGHTS = 2**23, 2**23  # elements of the transformed input and weights at a time
 
 
 def is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `convolution` is faster than PyTorch's, for contiguous x in fp32 on a CPU and frozen weights."""
+    """Whether `convolution` is faster than PyTorch's, for contiguous x in fp32 on a CPU with frozen weights."""
     whole = x.shape[2] % 4 == x.shape[3] % 4 == 0
     return is_available() and whole and x[:, 0].numel() >= 16 * MIN_TILES and min(weight.shape[:2]) >= MIN_CHANNELS
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`torch.nn.functional.conv2d(x, weight, bias, padding=1)` where it `suits`, with a gradient for x alone.
+    """`torch.nn.functional.conv2d(x, weight, bias, padding=1)` where `is_faster`, with a gradient for x alone.
 
-    Nothing but the weights is kept for the gradient.
+    Only the weights are saved for the gradient.
 
     Args:
         x: (B, C, H, W) in fp32, H and W multiples of 4.
@@ -58,7 +58,7 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     count = weight.shape[1 if backward else 0]
     bias = torch.zeros(count) if bias is None else bias
     result = torch.empty(batch, count, height, width)
-    rows, across = batch * height // 4, width // 4  # of tiles, all pictures below one another
+    rows, across = batch * height // 4, width // 4  # of tiles, with all pictures stacked vertically
     some_rows = max(1, _MAX_INPUT // (36 * channels * across))
     some = max(16, _MAX_WEIGHTS // (36 * channels))
     for row in range(0, rows, some_rows):
@@ -76,8 +76,8 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
 
 
 # ----------------------------------------------------------------------------------------------- compiled by Numba
-# Inner loops run over lanes, which are tiles or channels: all numbers that one line of a transform takes and gives lie
-# in arrays of fixed size, since only then LLVM sees that they do not overlap.
+# Inner loops run over lanes, which are tiles or channels. The inputs and outputs of one line of a transform are in
+# arrays of fixed size, since only then LLVM knows that they do not overlap.
 
 _LANES = 128
 _p, _q = 0.75, 1.5  # the points
@@ -89,7 +89,7 @@ _ZERO = fp32(0)
 
 @jit_inline
 def _input_line(d0, d1, d2, d3, d4, d5):
-    """B^T d, of a line of the input."""
+    """B^T d of a line d of the input."""
     even_p, odd_p, even_q, odd_q = d4 - _Q2 * d2, _P1 * (d3 - _Q2 * d1), d4 - _P2 * d2, _Q1 * (d3 - _P2 * d1)
     first, last = _PRODUCT * d0 - _SUM * d2 + d4, _PRODUCT * d1 - _SUM * d3 + d5
     return first, even_p + odd_p, even_p - odd_p, even_q + odd_q, even_q - odd_q, last
@@ -97,14 +97,14 @@ def _input_line(d0, d1, d2, d3, d4, d5):
 
 @jit_inline
 def _weight_line(g0, g1, g2):
-    """G g, of a line of the weights."""
+    """G g of a line g of the weights."""
     even_p, odd_p, even_q, odd_q = _GP * (g0 + _P2 * g2), _GP * _P1 * g1, _GQ * (g0 + _Q2 * g2), _GQ * _Q1 * g1
     return _G0 * g0, even_p + odd_p, even_p - odd_p, even_q + odd_q, even_q - odd_q, g2
 
 
 @jit_inline
 def _output_line(m0, m1, m2, m3, m4, m5):
-    """A^T m, of a line of products."""
+    """A^T m of a line m of products."""
     even_p, odd_p, even_q, odd_q = m1 + m2, m1 - m2, m3 + m4, m3 - m4
     second, third = _P1 * odd_p + _Q1 * odd_q, _P2 * even_p + _Q2 * even_q
     return m0 + even_p + even_q, second, third, _P3 * odd_p + _Q3 * odd_q + m5
@@ -112,7 +112,7 @@ def _output_line(m0, m1, m2, m3, m4, m5):
 
 @jit_thread
 def _transform_weights_part(part, parts, weight, flipped, u):
-    """Of weights (K, C, 9) the transform u (36, K, C)."""
+    """Fills u (36, K, C), the transform of the weights (K, C, 9)."""
     count, channels, _ = weight.shape
     g, t = np.empty((9, _LANES), np.float32), np.empty((36, _LANES), np.float32)
     for k in thread_range(part, parts, count):
@@ -147,16 +147,16 @@ def _transform_weights(threads, *arguments):
 
 @jit_thread
 def _transform_input_part(part, parts, x, begin, end, v):
-    """Of the rows of tiles from begin to end, of all pictures x (B, C, H, W), the transform v (36, C, tiles)."""
+    """Fills v (36, C, tiles), the transform of the rows of tiles from begin to end of all pictures x (B, C, H, W)."""
     batch, channels, height, width = x.shape
     down, across = height // 4, width // 4
-    tiles, before = (end - begin) * across, across + 1  # before: the row above and a tile
+    tiles, before = (end - begin) * across, across + 1  # before: the row above and one tile
     inside = np.ones((4, tiles), np.bool_)  # whether there is a tile above, below, to the left, to the right
     for i in range(tiles):
         row, column = (begin + i // across) % down, i % across
         inside[0, i], inside[1, i] = row > 0, row < down - 1
         inside[2, i], inside[3, i] = column > 0, column < across - 1
-    apart = np.zeros((4, 4, tiles + 2 * before), np.float32)  # x by row and column in the tile
+    apart = np.zeros((4, 4, tiles + 2 * before), np.float32)  # x by row and column inside the tile
     t, s = np.empty((6, 6, _LANES), np.float32), np.empty((6, _LANES), np.float32)
     for c in thread_range(part, parts, channels):
         for row in range(max(begin - 1, 0), min(end + 1, batch * down)):
@@ -197,7 +197,7 @@ def _transform_input(threads, *arguments):
 
 @jit_thread
 def _transform_output_part(part, parts, m, bias, begin, end, result):
-    """Fills the rows of tiles from begin to end of the result (B, K, H, W) from the products m (36, K, tiles)."""
+    """Fills the rows of tiles from begin to end of the result (B, K, H, W), from the products m (36, K, tiles)."""
     _, count, tiles = m.shape
     down, across = result.shape[2] // 4, result.shape[3] // 4
     t, y = np.empty((4, 6, _LANES), np.float32), np.empty((4, 4, tiles), np.float32)

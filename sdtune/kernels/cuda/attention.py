@@ -1,8 +1,7 @@
-"""Softmax attention of heads a few numbers wide, on a GPU in half precision. Importing this imports Triton.
+"""Softmax attention of heads at most 16 numbers wide on a GPU in half precision, in Triton.
 
-What `narrow` is on a CPU. The stock kernels are made for heads of 64 numbers and more, and need several others around
-them that pad a tuner's 4, cut them off again, and gather gradients. The method is FlashAttention's; the gradient has no
-atomic sums, so it is the same at each run.
+PyTorch's kernels are made for heads of 64 numbers and more; for heads of 4 they need further kernels that pad, cut and
+gather. The method is FlashAttention's. The gradient uses no atomic sums, so it is the same in each run.
 """
 
 import torch
@@ -11,14 +10,14 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 LOG2_E = 1.4426950408889634  # exp(x) is exp2(x * LOG2_E)
-MAX_HEAD_DIM = 16  # heads that this is for: as wide as a matrix product must be
+MAX_HEAD_DIM = 16  # the least width of a matrix product in Triton, to which heads are padded
 
 
 def attention(scale: float, *projected: torch.Tensor) -> torch.Tensor:
     """softmax(scale * q @ k.T) @ v, computed in fp32: (B, N, H, R).
 
     Args:
-        projected: what holds q, k and v, three in all: (B, N, 3, H, R), or (B, N, 1, H, R) and (B, M, 2, H, R).
+        projected: q, k and v packed as (B, N, 3, H, R), or q (B, N, 1, H, R) and k, v (B, M, 2, H, R).
     """
     return _Attention.apply(scale, *projected)
 
@@ -68,14 +67,14 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _tile(own: int, others: int, rows: int, columns: int) -> dict:
-    """How many tokens a program has of its own, and how many others it takes at a time."""
+    """The sizes of a program: its own tokens, and the other tokens that it loads at a time."""
     even = all(n % size == 0 for n in (rows, columns) for size in (own, others))
     return dict(ROWS=own, COLUMNS=others, EVEN=even, W=MAX_HEAD_DIM, num_warps=4, num_stages=2)
 
 
 @triton.jit
 def _load(X, first, count, stride, R: tl.constexpr, W: tl.constexpr, TOKENS: tl.constexpr, EVEN: tl.constexpr):
-    """Heads of some tokens, (TOKENS, W), with zeros for what there is not."""
+    """Heads of some tokens, (TOKENS, W), zero outside the tensor."""
     at, width = first + tl.arange(0, TOKENS), tl.arange(0, W)
     there = (width < R)[None, :]
     if not EVEN:
@@ -96,7 +95,7 @@ def _forward(
     qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on,
     R: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The result, and of each row the logarithm (base 2) of its sum."""
+    """The result, and the logarithm (base 2) of each row's sum."""
     first, b, h = tl.program_id(0) * ROWS, (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     Q, K, V, OUT = Q + b * qb + h * qh, K + b * kb + h * kh, V + b * vb + h * vh, OUT + b * ob + h * oh
     q = _load(Q, first, rows, qn, R, W, ROWS, EVEN)
@@ -125,7 +124,7 @@ def _backward(
     qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, dqb, dqh, dqn, dkb, dkh, dkn, dvb, dvh, dvn,
     R: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The first `row_parts` programs find the gradient of some rows' q, the others that of some columns' k and v."""
+    """The first `row_parts` programs compute the gradient of q for some rows, the others those of k and v."""
     part, b, h = tl.program_id(0), (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     Q, K, V, L = Q + b * qb + h * qh, K + b * kb + h * kh, V + b * vb + h * vh, L + tl.program_id(1) * rows
     OUT, G = OUT + b * ob + h * oh, G + b * ob + h * oh
@@ -142,7 +141,7 @@ def _backward(
             k = _load(K, j, columns, kn, R, W, COLUMNS, EVEN)
             v = _load(V, j, columns, vn, R, W, COLUMNS, EVEN)
             p = tl.math.exp2(tl.dot(q, tl.trans(k)) * scale2 - sums[:, None])
-            if not EVEN:  # a score of zero may be far above the true ones, and then this is infinite
+            if not EVEN:  # the zero score of a masked column may be far above the true ones, and then p is infinite
                 p = tl.where((j + tl.arange(0, COLUMNS) < columns)[None, :], p, 0.0)
             ds = p * (tl.dot(g, tl.trans(v)) - mean[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq)

@@ -1,9 +1,8 @@
-"""Parts of a frozen UNet on a GPU in half precision, each as few kernels. Importing this imports Triton.
+"""Group norm with SiLU, and GEGLU, of a frozen UNet on a GPU in half precision, in Triton.
 
-`group_norm` is for pictures whose channels lie next to one another (channels_last), as convolutions want them:
-PyTorch's own kernel copies such a picture into the other order, and the convolution after it copies it back. The SiLU
-behind it can be part of it, and then nothing is kept for that. `gated` is what takes PyTorch four kernels on halves of
-a tensor, and five for their gradient.
+`group_norm` is for pictures in channels_last, the order that convolutions need: PyTorch's own kernel copies such a
+picture into the other order, and the next convolution copies it back. The SiLU that follows can be part of the kernel,
+and then no tensor is saved for it. `geglu` is one kernel where PyTorch needs four, and five for the gradient.
 """
 
 import torch
@@ -11,16 +10,16 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-TILE = 8192  # numbers of a group that a program holds
-BLOCK = 1024  # numbers that a program gives in `gated`
+TILE = 8192  # elements of a group per program
+BLOCK = 1024  # results per program in `geglu`
 
 
 def group_norm(
     x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool = False
 ) -> torch.Tensor:
-    """`F.group_norm` of x (B, C, H, W), with `silu` the `F.silu` of it, but for rounding. Only x gets a gradient.
+    """`F.group_norm` of x (B, C, H, W), followed by `F.silu` if `silu`, equal but for rounding.
 
-    x and the result are in channels_last.
+    x and the result are in channels_last. Only x has a gradient.
     """
     return _GroupNorm.apply(x, groups, weight, bias, eps, silu)
 
@@ -48,7 +47,7 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _tile(x: torch.Tensor, groups: int) -> tuple[int, int, int]:
-    """The channels of a group and the next power of two; the pixels that a program takes."""
+    """The channels of a group, the next power of two of them, and the pixels per program."""
     width = x.shape[1] // groups
     padded = triton.next_power_of_2(width)
     pixels = x.shape[2] * x.shape[3]
@@ -56,7 +55,7 @@ def _tile(x: torch.Tensor, groups: int) -> tuple[int, int, int]:
 
 
 def _partial(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Room for two numbers of each part of each group."""
+    """An empty tensor for two numbers of each part of each group."""
     parts = triton.cdiv(x.shape[2] * x.shape[3], _tile(x, groups)[2])
     return torch.empty(len(x) * groups, parts, 2, device=x.device, dtype=torch.float32)
 
@@ -70,7 +69,7 @@ def _launch(kernel, x: torch.Tensor, groups: int, *arguments, **constants) -> No
 
 @triton.jit
 def _place(pixels, groups, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """Where this program's numbers are in x, which of them there are, and their channels."""
+    """The positions of this program's elements in x, a mask of those that exist, and their channels."""
     part, group = tl.program_id(0), tl.program_id(1)
     rows, columns = part * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     channels = group % groups * WIDTH + columns
@@ -173,7 +172,7 @@ def _differentiate(
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
-    """GEGLU's h * gelu(g) for x (..., 2 D) that holds h and g: (..., D)."""
+    """GEGLU: h * gelu(g) for x (..., 2 D), the concatenation of h and g: (..., D)."""
     return _Geglu.apply(x.contiguous())
 
 
@@ -197,7 +196,7 @@ class _Geglu(torch.autograd.Function):
 
 @triton.jit
 def _halves(X, total, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Where this program's numbers are in a half, where in the whole, and which of them there are."""
+    """The positions of this program's elements in the result and in x, and a mask of those that exist."""
     own = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return own, own // D * (2 * D) + own % D, own < total
 
