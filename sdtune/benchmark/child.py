@@ -7,19 +7,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import diffusers
 import psutil
 import torch
-import transformers
 
 from ..bases import load
 from ..inference import compare
-from ..training import dataset, encoding, trainer
+from ..training import dataset, encoding, launch, trainer
 from .candidates import REFERENCE, Job, prepare
 from .kernel_switches import switched_off
 
@@ -135,9 +133,8 @@ def _timed_parts(seconds: dict[str, float]):
 
 def main() -> None:
     """Runs the candidate that the only argument describes in JSON."""
-    for logging in (transformers.utils.logging, diffusers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    with redirect_stdout(sys.stderr):  # stdout is for answers alone
+        launch.start_quietly()
     spec = json.loads(sys.argv[1])
     job = Job(**spec.pop("job"))
     measure_alone(job, **spec) if spec else take_turns(job)

@@ -13,9 +13,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 
 from .. import kernels
 from ..bases import load
@@ -60,9 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command with these arguments, by default those of the process; returns its exit status."""
     cuda = torch.cuda.is_available()
     options = _parse(arguments, cuda)
-    for logging in (transformers.utils.logging, diffusers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
     base = sd15_shape() if options.base == "sd15-shape" else options.base
     native, machine, rows = load.native_resolution(base), describe_machine(), {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` sends it: report what there is, as on Ctrl-C

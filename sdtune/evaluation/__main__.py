@@ -1,8 +1,11 @@
-"""`python -m sdtune.evaluation`"""
+"""`python -m sdtune.evaluation`: prints a line, then imports PyTorch, which takes seconds, and runs the command."""
 
 import sys
 
-from .report import main
+from ..training import launch
 
 if __name__ == "__main__":
+    launch.start_quietly()
+    from .command import main
+
     sys.exit(main())

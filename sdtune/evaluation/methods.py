@@ -14,10 +14,7 @@ GROUPS = {
 
 
 class EvaluationError(RuntimeError):
-    """An evaluation that cannot start; the message says what was found and what to do."""
-
-
-# ---------------------------------------------------------------------------------------------- methods
+    """The evaluation cannot start; the message names what was found and what to do."""
 
 
 def parameter_count(unet, config: TunerConfig) -> int:
@@ -28,13 +25,15 @@ def parameter_count(unet, config: TunerConfig) -> int:
 def methods(unet) -> dict[str, TunerConfig]:
     """Every method by its name, for this UNet.
 
-    All have about the parameter count of Res-Attn 4x4 on attn1, attn2 and ff, as nearly as a whole rank or length
-    allows; but full fine-tuning has all of them, and the ablation's ranks, heads and operations are as named.
+    All have about the parameter count of Res-Attn with rank 4 and 4 heads on attn1, attn2 and ff, as nearly as a whole
+    rank or length allows; but full fine-tuning trains all parameters, and in the ablation rank x heads, or the
+    operations, are as the name says.
     """
     target = parameter_count(unet, TunerConfig())
 
     def matched(setting: str, **others) -> TunerConfig:
-        one, two = (parameter_count(unet, TunerConfig(**others, **{setting: n})) for n in (1, 2))  # it grows linearly
+        # the count grows linearly with the setting
+        one, two = (parameter_count(unet, TunerConfig(**others, **{setting: n})) for n in (1, 2))
         return TunerConfig(**others, **{setting: min(1024, max(1, round(1 + (target - one) / (two - one))))})
 
     attention = ["attn1", "attn2"]

@@ -1,8 +1,8 @@
-"""How near drawn pictures are to true ones, in numbers with intervals. Tensors in, numbers out.
+"""The metrics: how similar drawn pictures are to true ones, from their features, colour profiles and errors.
 
-The one model here is the feature network, EfficientNet-Lite0 trained on ImageNet (the `evaluate` extra). A measure is
-a `Statistic`: a function of weights on the prompts, so that one bootstrap serves all of them, and the difference of
-two methods is resampled with the same prompts for both.
+A metric is a `Statistic`: a function of weights on the prompts, so that one bootstrap serves all metrics, and the
+difference of two methods is resampled with the same prompts for both. Features are those of `features.features`, one
+unit vector per picture, (n, 1280).
 """
 
 from collections.abc import Mapping
@@ -12,17 +12,20 @@ import torch
 
 from .intervals import Statistic, mean, mean_of_pairs
 
-_BIN, _REACH = 0.01, 1.2  # of the colour profiles, in units of OKLab, whose greys reach from 0 to 1
+BIN_WIDTH, MAX_COORDINATE = 0.01, 1.2  # of the colour profiles, in OKLab, where lightness is between 0 and 1
 
 
 def kid(drawn: torch.Tensor, true: torch.Tensor, paired: bool = True) -> Statistic:
-    """The kernel distance of two sets of features (arXiv 1801.01401), with its kernel (x.y + 1)^3, unbiased.
+    """The kernel inception distance of two sets of features (arXiv 1801.01401): kernel (x.y + 1)^3, unbiased.
 
-    Zero on average for two samples of one distribution, so small values may be below zero. `paired` says that
-    picture i of both sets shows prompt i: the two are then never compared with each other, since they are meant to be
-    alike, and are resampled together. Otherwise only `drawn` is resampled.
+    Zero on average for two samples of one distribution, so small values may be below zero. With `paired`, picture i of
+    both sets shows prompt i: the two are then never compared with each other, since they should be similar, and are
+    resampled together. Otherwise only `drawn` is resampled.
     """
-    k = lambda a, b: (a @ b.T + 1) ** 3  # noqa: E731
+
+    def k(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.T + 1) ** 3
+
     if paired:
         between = k(drawn, true)
         return mean_of_pairs(k(drawn, drawn) + k(true, true) - between - between.T)
@@ -32,17 +35,17 @@ def kid(drawn: torch.Tensor, true: torch.Tensor, paired: bool = True) -> Statist
 
 
 def colour_distance(drawn: torch.Tensor, true: torch.Tensor) -> Statistic:
-    """How far colours must move to turn one set's into the other's, in hundredths of OKLab (2 can just be seen).
+    """The sliced Wasserstein distance of the colours of two sets, in hundredths of OKLab (2 is just visible).
 
-    The sliced Wasserstein distance of the pixels of all pictures together, from `colours` of both sets, picture i of
-    both for prompt i. Being a distance it is above zero, by chance alone, for small sets.
+    It compares the pixels of all pictures together, from `features.colours` of both sets, picture i of both for prompt
+    i. Being a distance it is above zero, by chance alone, for small sets.
     """
     gap = (drawn - true).flatten(1)
-    return Statistic(len(gap), lambda w: 100 * _BIN / 16 * (w @ gap / w.sum(1, keepdim=True)).abs().sum(1))
+    return Statistic(len(gap), lambda w: 100 * BIN_WIDTH / 16 * (w @ gap / w.sum(1, keepdim=True)).abs().sum(1))
 
 
 def fidelity(drawn: torch.Tensor, true: torch.Tensor) -> tuple[Statistic, Statistic]:
-    """Whether pictures show their prompts, by the true pictures of all prompts: two shares.
+    """How well pictures show their prompts, by comparison with the true pictures of all prompts: two shares.
 
     Returns:
         How many drawn pictures have no true picture nearer than their own prompt's (by chance: 1 / n), and the mean
@@ -55,25 +58,25 @@ def fidelity(drawn: torch.Tensor, true: torch.Tensor) -> tuple[Statistic, Statis
 
 
 def diversity(drawn: torch.Tensor, true: torch.Tensor) -> Statistic:
-    """The mean distance between the pictures of two prompts, over that of the true ones: below 1 is more alike."""
+    """The mean distance between the pictures of two prompts, over that of the true ones; below 1 is more alike."""
     return mean_of_pairs(1 - drawn @ drawn.T) / mean_of_pairs(1 - true @ true.T)
 
 
 def novelty(drawn: torch.Tensor, true: torch.Tensor, train: torch.Tensor) -> Statistic:
     """The mean distance to the nearest training picture, over that of the true pictures of the same prompts.
 
-    1 is what unseen pictures of the style have; a tuner that draws training pictures again tends to 0.
+    Unseen pictures of the style have 1; a tuner that copies training pictures tends to 0.
     """
-    nearest = lambda x: mean(1 - (x @ train.T).amax(1))  # noqa: E731
-    return nearest(drawn) / nearest(true)
 
+    def distance(x: torch.Tensor) -> Statistic:
+        return mean(1 - (x @ train.T).amax(1))
 
-# ------------------------------------------------------------------------------------------ the measures
+    return distance(drawn) / distance(true)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A measure in the tables; `better` is 1 where more is better, -1 where less is, 0 where neither."""
+    """A metric in the tables; `better` is 1 where more is better, -1 where less is, 0 where neither."""
 
     key: str
     title: str
@@ -103,14 +106,14 @@ COLUMNS = (
 
 
 def all_metrics(drawn: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]) -> dict[str, Statistic]:
-    """Every measure of one set of drawn pictures, by the keys of `COLUMNS`.
+    """Every metric of one set of drawn pictures, by the keys of `COLUMNS`.
 
     Args:
         drawn: of the held-out prompts `features` and `colours`, and, where a model drew them, its denoising `errors`
             on the true pictures; for prompts outside the style `outside` (features) and `outside_errors`.
         true: of the true pictures `features` and `colours`, and `train`, the features of the training pictures, all
-            as the VAE gives them back: whatever a model draws has come through it, and its blur would outweigh all
-            else; of the base's pictures `outside` and `outside_errors`.
+            of the VAE's reconstructions: a model's pictures are decoded by the VAE, whose blur would otherwise outweigh
+            all other differences; of the base's pictures `outside` and `outside_errors`.
     """
     nearest, rank = fidelity(drawn["features"], true["features"])
     found = {

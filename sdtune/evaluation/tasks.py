@@ -9,13 +9,13 @@ from pathlib import Path
 from ..training import dataset, encoding, images
 from .methods import EvaluationError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = {
     "anime": ROOT / "assets/anime",
     "openmoji": ROOT / ".cache/tasks/openmoji",
     "fluent3d": ROOT / ".cache/tasks/fluent3d",
 }
-# Prompts outside every task's style: what the small base was trained on, and what a large one is asked for.
+# Prompts outside every task's style: of what the small base was trained on, and what users of a large one draw.
 UNRELATED_PROMPTS = {
     "small": [
         "noto emoji of grinning face", "twemoji of cat face", "fluent emoji of red heart", "twemoji of penguin",
@@ -31,30 +31,29 @@ UNRELATED_PROMPTS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ tasks
-
-
 @dataclass
 class Task:
-    """Pairs to train on and held-out ones. A quarter of the former chooses the learning rate."""
+    """Pairs to train on and held-out pairs. A quarter of the former serves to choose the learning rate."""
 
     name: str
     folder: Path  # of this task's results
     train: list[dataset.Pair]
     test: list[dataset.Pair]
-    encoded: encoding.Encoded | None = None  # the held-out ones, once they are
+    encoded: encoding.Encoded | None = None  # the held-out pairs, once they are encoded
 
     @property
-    def part(self) -> list[dataset.Pair]:
+    def train_part(self) -> list[dataset.Pair]:
+        """The three quarters of the training pairs that validation runs train on."""
         return [p for i, p in enumerate(self.train) if i % 4 != 3]
 
     @property
     def validation(self) -> list[dataset.Pair]:
+        """The quarter of the training pairs that validation runs measure."""
         return self.train[3::4]
 
 
 def read_task(source: str, output: Path, resolution: int, prompts: int) -> Task:
-    """A task of ours by its name, or any folder (or hub data set) with the splits train and test.
+    """A task in `TASKS` by its name, or any folder (or hub data set) with the splits train and test.
 
     Raises:
         EvaluationError, DataError: if it is not there, lacks enough pairs, or cannot be used.
@@ -72,8 +71,8 @@ def read_task(source: str, output: Path, resolution: int, prompts: int) -> Task:
     return Task(name, output / name, train, test[:prompts])
 
 
-def _write_pairs(folder: Path, pairs: list[dataset.Pair], captions: list[str], resolution: int) -> None:
-    """An imagefolder for the trainer, whole or not at all, also when several processes write it."""
+def write_pairs(folder: Path, pairs: list[dataset.Pair], captions: list[str], resolution: int) -> None:
+    """Writes an imagefolder for the trainer, complete or not at all, also when several processes write it."""
     if folder.exists():
         return
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")

@@ -1,0 +1,14 @@
+"""Features of pictures."""
+
+import torch
+from PIL import Image
+
+from sdtune.evaluation import features
+
+
+def test_similar_pictures_have_similar_features():
+    picture = Image.effect_mandelbrot((96, 96), (-2, -1.5, 1, 1.5), 60).convert("RGB")
+    darker, other = picture.point(lambda v: int(v * 0.9)), Image.new("RGB", (96, 96), "orange")
+    found = features.features([picture, darker, other])
+    assert found.shape == (3, 1280) and torch.allclose(found.norm(dim=1), torch.ones(3))
+    assert found[0] @ found[1] > 0.9 > found[0] @ found[2]

@@ -1,0 +1,56 @@
+"""The runs: how a learning rate is chosen, and what does not depend on the order of measurements."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import sdtune
+from sdtune.evaluation import runs
+from sdtune.evaluation.tasks import Task
+
+
+def test_a_run_whose_loss_is_not_finite_has_an_infinite_error():
+    assert runs.final_error({"failed": None, "validation": {"0": [0.3], "10": [0.2]}}) == pytest.approx(0.2)
+    assert runs.final_error({"failed": "the loss is not finite"}) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("errors", "chosen", "tried"),
+    [
+        ([4, 3, 2, 3], 1e-2, [3e-3, 1e-2, 3e-2]),
+        ([4, 1, 2, 3], 3e-3, [1e-3, 3e-3, 1e-2]),
+        ([4, 3, 2, 1], 3e-2, [3e-3, 1e-2, 3e-2]),
+        ([2, 3, math.inf, math.inf], 1e-3, [1e-3, 3e-3, 1e-2]),
+        ([math.inf] * 4, None, [1e-3, 3e-3, 1e-2]),
+    ],
+)
+def test_rates_are_tried_where_the_validation_error_falls(errors, chosen, tried, monkeypatch):
+    evaluation = object.__new__(runs.Evaluation)
+    evaluation.settings, evaluation.world = runs.Settings(rates=[3e-2, 1e-2, 3e-3, 1e-3]), 1
+    of_rate = dict(zip([1e-3, 3e-3, 1e-2, 3e-2], errors))
+
+    def train(_self, task, name, config, rate, seed):
+        error = of_rate[round(rate * scale, 9)]
+        return {"failed": "nan"} if error == math.inf else {"failed": None, "validation": {"0": [9.0], "8": [error]}}
+
+    monkeypatch.setattr(runs.Evaluation, "train", train)
+    evaluation.methods = {"res_attn": sdtune.TunerConfig(), "full": sdtune.TunerConfig(kind="full")}
+    for name, scale in (("res_attn", 1), ("full", 10)):
+        task = Task("task", Path(), [], [])
+        found = evaluation.choose_rate(task, name)
+        assert found["rate"] == (chosen and pytest.approx(chosen / scale))
+        assert [float(r) * scale for r in found["rates"]] == pytest.approx(tried)
+
+
+def test_held_out_pictures_are_the_same_whatever_was_measured_before(tmp_path):
+    settings = runs.Settings(tasks=["anime"], methods=["res_attn"], prompts=2, output=str(tmp_path))
+    evaluation = runs.Evaluation(settings, precision="bf16")
+    (task,) = evaluation.tasks
+    alone, true = evaluation.encoded(task), evaluation.model.reconstruct(task.test)
+    task.encoded = None
+    with evaluation.model.autocast():
+        assert torch.equal(evaluation.encoded(task).mean, alone.mean)
+        assert torch.equal(evaluation.encoded(task).text, alone.text)
+        assert [i.tobytes() for i in evaluation.model.reconstruct(task.test)] == [i.tobytes() for i in true]
