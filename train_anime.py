@@ -1,9 +1,10 @@
-"""Trains a Res-Attn tuner on image-prompt pairs; by default on the 30 anime pairs and the small base in assets/.
+"""Trains a Res-Attn tuner on image-caption pairs; by default on the 30 anime pairs and the small base in assets/.
 
     accelerate launch train_anime.py
     accelerate launch train_anime.py --base path/to/sd-v1-5 --data my/pictures --output output/mine
 
-Every flag is a field of `sdtune.TunerConfig` or `sdtune.TrainConfig`; `--help` lists them.
+Every flag is a field of `sdtune.TunerConfig` or `sdtune.TrainConfig`; `--help` lists them. The training itself is
+`sdtune.fit`, in sdtune/training/trainer.py.
 """
 
 import os
@@ -11,10 +12,12 @@ import sys
 
 from sdtune.kernels.cpu import heap
 from sdtune.training import launch
+from sdtune.training.config import TrainConfig
 from sdtune.training.errors import Stopped, TrainError
-from sdtune.training.trainer import fit
 
-LOAD = """
+HOW_TO_LOAD = """
+Load it with:
+
 from sdtune import load_base, load_tuner
 pipe = load_base("{base}")
 load_tuner(pipe, "{tuner}", adapter_name="{name}")
@@ -22,14 +25,16 @@ load_tuner(pipe, "{tuner}", adapter_name="{name}")
 
 
 def main() -> int:
-    count = launch.requested_processes(os.path.basename(__file__))
-    if count > 1:
-        launch.replace_with_processes(count, [__file__], sys.argv[1:])
+    processes = launch.requested_processes(os.path.basename(__file__))
+    if processes > 1:
+        launch.replace_with_processes(processes, [__file__], sys.argv[1:])
+    launch.start_quietly()
 
-    # what takes time is imported only when it is clear that this process stays, and when it is needed
+    # these imports take seconds, so they come after the first line that the user sees
+    import torch
     from transformers.hf_argparser import HfArgumentParser
 
-    from sdtune import TrainConfig, TunerConfig
+    from sdtune import TunerConfig, fit
 
     parser = HfArgumentParser((TunerConfig, TrainConfig), description=__doc__.split("\n")[0])
     try:
@@ -37,16 +42,6 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-    # what these say while loading (no torchvision, casts, a bar per file) hides what this script says
-    import diffusers
-    import torch
-    import transformers
-
-    for logging in (transformers.utils.logging, diffusers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    pass  # IMPORT Stopped TrainError fit
 
     try:
         result = fit(config, tuner)
@@ -63,11 +58,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped while no step was running; what is in the output folder stays", file=sys.stderr)
         return 130
+
     if result.main:
         name = "anime" if config.output == TrainConfig.output else "mine"
         print(f"\nthe tuner     {result.tuner}\nthe preview   {result.preview}\nthe losses    {result.loss_plot}")
-        print(f"the settings  {result.config}\n\nLoad it with:")
-        print(LOAD.format(base=config.base, tuner=result.tuner, name=name))
+        print(f"the settings  {result.config}")
+        print(HOW_TO_LOAD.format(base=config.base, tuner=result.tuner, name=name))
     return 0
 
 

@@ -1,49 +1,71 @@
-"""Reads captions from text files beside the pictures, or from metadata.jsonl or metadata.csv."""
+"""Reads captions from files next to the images (.txt, .caption), or from metadata.jsonl or metadata.csv."""
 
 import csv
 import io
 import json
 import os
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = (".txt", ".caption")
 
 
 def normalize_name(name: str) -> str:
-    # macOS writes accents and Japanese voicing marks of file names decomposed, metadata has them composed.
+    """A file name in the one form in which names are compared.
+
+    macOS stores accents and Japanese voicing marks in file names as separate characters; metadata files do not.
+    """
     return unicodedata.normalize("NFC", Path(name).as_posix())
 
 
 def name_stem(name: str) -> str:
+    """The normalized name without its suffix, by which caption files belong to images."""
     return os.path.splitext(normalize_name(name))[0]
 
 
-def read_sidecars(folder: Path, files, by_stem: dict[str, list[str]], problems, notes) -> dict[str, str | None]:
-    """Image -> caption from the caption files; None where a problem is told already."""
-    captions, used = {}, {}
-    for name in files:
-        text, images = _read_text(folder / name, name, problems), by_stem.get(name_stem(name))
-        if not images:
+def read_caption_files(
+    folder: Path, names: list[str], images: list[str], problems: list[str], notes: list[str]
+) -> dict[str, str | None]:
+    """The captions in the files `names`, by the normalized name of their image.
+
+    Args:
+        images: names of all images in the folder.
+        problems: a line is appended for each problem; the caption is None if its file could not be read.
+        notes: a line is appended for each caption file that belongs to several images.
+    """
+    images_by_stem = {}
+    for image in images:
+        images_by_stem.setdefault(name_stem(image), []).append(image)
+    captions, first_files = {}, {}
+    for name in names:
+        text, own_images = _read_text(folder / name, name, problems), images_by_stem.get(name_stem(name))
+        if not own_images:
             problems.append(f"{name}: a caption file without an image; add the image or remove the file")
             continue
-        first = used.setdefault(name_stem(name), name)
+        first = first_files.setdefault(name_stem(name), name)
         if first != name:
-            problems.append(f"{first}, {name}: two caption files for {images[0]}; keep one")
-        elif len(images) > 1:
-            notes.append(f"{', '.join(images)} share the caption in {name}")
-        captions |= dict.fromkeys(map(normalize_name, images), text and text.strip())
+            problems.append(f"{first}, {name}: two caption files for {own_images[0]}; keep one")
+        elif len(own_images) > 1:
+            notes.append(f"{', '.join(own_images)} share the caption in {name}")
+        captions |= dict.fromkeys(map(normalize_name, own_images), text and text.strip())
     return captions
 
 
-def read_table(path: Path, problems: list[str]) -> dict[str, str | None] | None:
-    """Image -> caption from a metadata file, None where a problem is told already, or for the whole file."""
+def read_metadata(path: Path, problems: list[str]) -> dict[str, str | None] | None:
+    """The captions in a metadata file, by the normalized name of their image.
+
+    Args:
+        problems: a line is appended for each problem. A caption is None if its line has a problem, and the result is
+            None if the whole file could not be read.
+    """
     text = _read_text(path, path.name, problems)
     if text is None:
         return None
     captions: dict[str, str | None] = {}
-    for number, line, row in (_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(text):
+    rows = _read_csv_rows(text) if path.suffix.lower() == ".csv" else _read_json_rows(text)
+    for number, line, row in rows:
         where = f"{path.name}, line {number}"
         name, caption = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
         if isinstance(row, ValueError):
@@ -62,8 +84,8 @@ def read_table(path: Path, problems: list[str]) -> dict[str, str | None] | None:
     return captions
 
 
-def _json_rows(text: str):
-    """(line number, line, its value or a ValueError) of JSON lines."""
+def _read_json_rows(text: str) -> Iterator[tuple[int, str, object]]:
+    """(line number, line, its value or a ValueError) for each line of JSON Lines."""
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 inside a caption
         if line.strip():
             try:
@@ -72,9 +94,9 @@ def _json_rows(text: str):
                 yield number, line, ValueError(f"not valid JSON ({error})")
 
 
-def _csv_rows(text: str):
-    """The same of CSV, whose first row names the columns."""
-    # strict: an unclosed quote would otherwise swallow the rows after it.
+def _read_csv_rows(text: str) -> Iterator[tuple[int, str, object]]:
+    """The same for each row of CSV; the first row names the columns."""
+    # strict: otherwise an unclosed quote would make the rows after it part of one value
     reader, columns, end = csv.reader(io.StringIO(text), strict=True), None, 0
     try:
         for values in reader:
@@ -95,6 +117,7 @@ def _csv_rows(text: str):
 
 
 def _read_text(path: Path, name: str, problems: list[str]) -> str | None:
+    """The text of a file, or None after a line has been appended to the problems."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,10 +1,14 @@
-"""The settings of a training run, each with its default, its help, and its range. Imports nothing heavy."""
+"""`TrainConfig`: the settings of a training run, each with its default, its help text and its range.
+
+Imports nothing heavy, so that `--help` and wrong flags are answered at once.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 
 def _option(default, help: str):
+    """A dataclass field with a help text, which `HfArgumentParser` shows."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -12,7 +16,7 @@ def _option(default, help: str):
 
 @dataclass
 class TrainConfig:
-    """The settings of a training run; `train_anime.py` makes a flag of each.
+    """The settings of a training run. `train_anime.py` has a flag for each.
 
     Raises:
         ValueError: listing every setting that is out of range.
@@ -31,18 +35,18 @@ class TrainConfig:
     weight_decay: float = _option(1e-2, "AdamW's weight decay")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0 is off")
     min_snr_gamma: float = _option(5.0, "min-SNR loss weights (arXiv 2303.09556); 0 is off")
-    caption_dropout: float = _option(0.1, "share of captions replaced by the empty one")
-    noise_offset: float = _option(0.0, "strength of an offset common to each channel of the noise; 0 is off")
+    caption_dropout: float = _option(0.1, "share of captions that are replaced by the empty caption")
+    noise_offset: float = _option(0.0, "strength of a random offset of each noise channel; 0 is off")
     trigger_words: str = _option("", "words put before every caption, and written into the file")
     flip: bool = _option(False, "train on mirror images too")
     resolution: int | None = _option(None, "side of the training pictures in px; default: the base's own")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
-        None, "default: what is chosen for accelerate, else fp16 on a GPU"
+        None, "default: what is chosen for Accelerate, else fp16 on a GPU and fp32 on a CPU"
     )
     gradient_checkpointing: bool = _option(False, "less memory, more time")
-    seed: int = _option(0, "of the tuner's start, the data order, and all noise")
+    seed: int = _option(0, "seed of the tuner's initial weights, the order of the images, and all noise")
     checkpoint_every: int = _option(200, "steps between checkpoints")
-    preview_every: int = _option(200, "steps between previews and held-out losses; 0 is only at the end")
+    preview_every: int = _option(200, "steps between previews and held-out losses; 0: only at the end")
     stop_when: Literal["memorising"] | None = _option(
         None, "memorising: stop when the loss on the held-out pictures rises, and keep the tuner from before that"
     )
@@ -53,12 +57,12 @@ class TrainConfig:
     resume: bool = _option(False, "continue the run that stopped in the output folder")
 
     def __post_init__(self):
-        least = dict(
+        minimum = dict(
             steps=1, batch_size=1, gradient_accumulation_steps=1, lr_warmup_steps=0, weight_decay=0, max_grad_norm=0,
             min_snr_gamma=0, noise_offset=0, seed=0, checkpoint_every=1, preview_every=0, preview_steps=1,
         )  # fmt: skip
-        low = [n for n, m in least.items() if not getattr(self, n) >= m]
-        wrong = [f"{n} is {getattr(self, n)}; it must be at least {least[n]}" for n in low]
+        low = [n for n, m in minimum.items() if not getattr(self, n) >= m]
+        wrong = [f"{n} is {getattr(self, n)}; it must be at least {minimum[n]}" for n in low]
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             wrong.append(f"learning_rate is {self.learning_rate}; it must be above 0")
         if self.guidance_scale is not None and not self.guidance_scale >= 0:

@@ -1,4 +1,4 @@
-"""Runs the VAE and the text encoder once over a whole data set."""
+"""Encodes a whole data set once, before training: images with the VAE, captions with the text encoder."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,17 @@ from .dataset import Pair
 from .errors import DataError
 from .images import crop_to_square
 
-# ------------------------------------------------------------------------------------------- encoding
-
 
 @dataclass
 class Encoded:
-    """A whole data set, ready for training, on one device.
+    """An encoded data set of n images, on one device.
 
     Attributes:
         names: of the images, for messages.
-        mean, std: the VAE's moments, scaled, (n, flips, channels, h, w); flips is 2 when flipping, else 1.
-        text: caption encodings (n, tokens, width).
-        empty: the encoding of the empty caption (1, tokens, width).
+        mean, std: of the VAE's posterior, times its scaling factor, (n, flips, C, h, w); flips is 2 if mirror images
+            are trained on too, else 1.
+        text: the encoded captions, (n, tokens, width).
+        empty: the encoded empty caption, (1, tokens, width).
     """
 
     names: list[str]
@@ -31,7 +30,7 @@ class Encoded:
     empty: torch.Tensor
 
     def to(self, device, dtype) -> "Encoded":
-        """The same on a device; the text in `dtype`, the moments in fp32."""
+        """A copy on a device, with the text in `dtype`; mean and std stay in fp32."""
         return Encoded(
             self.names, self.mean.to(device), self.std.to(device),
             self.text.to(device, dtype), self.empty.to(device, dtype),
@@ -42,30 +41,32 @@ class Encoded:
 def encode(
     pairs: list[Pair], vae, tokenizer, text_encoder, resolution: int, flip: bool = False, trigger_words: str = ""
 ) -> Encoded:
-    """Runs the VAE over every image and the text encoder over every caption, once, in the models' dtype.
+    """Encodes every image and every caption once, in the dtype of the models and on their device.
 
-    The VAE's moments are kept, not one sample of them; with `flip` both the image and its mirror image.
-    `trigger_words` are put before every caption. The result is on the models' device.
+    Args:
+        resolution: side in pixels to which the middle square of each image is resized.
+        flip: whether to encode the mirror image of each image too.
+        trigger_words: are put before every caption.
 
     Raises:
         DataError: naming every image whose encoding is not finite.
     """
-    device, moments = vae.device, []
+    device, posteriors = vae.device, []
     for pair in tqdm(pairs, desc="encoding images", leave=False, disable=len(pairs) < 20):
         x = torch.from_numpy(np.asarray(crop_to_square(pair.open(), resolution), dtype=np.float32).copy())
         x = x.permute(2, 0, 1).div(127.5).sub(1).to(device)
         batch = torch.stack([x, x.flip(-1)] if flip else [x])
         posterior = vae.encode(batch.to(vae.dtype)).latent_dist
-        moments.append((posterior.mean.float(), posterior.std.float()))
-    bad = [p.name for p, (m, s) in zip(pairs, moments) if not (torch.isfinite(m).all() and torch.isfinite(s).all())]
+        posteriors.append((posterior.mean.float(), posterior.std.float()))
+    bad = [p.name for p, (m, s) in zip(pairs, posteriors) if not (torch.isfinite(m).all() and torch.isfinite(s).all())]
     if bad:
         raise DataError("encoding", [f"{name}: the VAE's encoding of it is not finite" for name in bad])
     scale = vae.config.scaling_factor
     texts = [f"{trigger_words} {p.caption}".strip() for p in pairs]
     return Encoded(
         [p.name for p in pairs],
-        torch.stack([m for m, _ in moments]) * scale,
-        torch.stack([s for _, s in moments]) * scale,
+        torch.stack([m for m, _ in posteriors]) * scale,
+        torch.stack([s for _, s in posteriors]) * scale,
         encode_text(texts, tokenizer, text_encoder),
         encode_text([""], tokenizer, text_encoder),
     )
@@ -73,7 +74,7 @@ def encode(
 
 @torch.no_grad()
 def encode_text(texts: list[str], tokenizer, text_encoder) -> torch.Tensor:
-    """The text encoder's last hidden states (n, tokens, width) of some captions, each caption once."""
+    """The last hidden states of the text encoder for each text, (n, tokens, width); equal texts are encoded once."""
     unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     ids = tokenizer(
         list(unique), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
@@ -83,6 +84,6 @@ def encode_text(texts: list[str], tokenizer, text_encoder) -> torch.Tensor:
 
 
 def truncated_captions(pairs: list[Pair], tokenizer, trigger_words: str = "") -> list[str]:
-    """The names of the pairs whose caption is longer than the text encoder reads."""
-    most = tokenizer.model_max_length
-    return [p.name for p in pairs if len(tokenizer(f"{trigger_words} {p.caption}".strip()).input_ids) > most]
+    """The names of the pairs whose caption has more tokens than the text encoder reads."""
+    max_tokens = tokenizer.model_max_length
+    return [p.name for p in pairs if len(tokenizer(f"{trigger_words} {p.caption}".strip()).input_ids) > max_tokens]

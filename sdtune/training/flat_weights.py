@@ -1,4 +1,4 @@
-"""All trained parameters as one vector in fp32."""
+"""All trained parameters as one fp32 vector, so that clipping, update and copies are one operation each."""
 
 from collections.abc import Iterable
 
@@ -6,41 +6,47 @@ import torch
 
 
 class FlatWeights:
-    """What is trained: one vector for the optimizer, in fp32, whose pieces are the UNet's parameters.
+    """One fp32 vector for the optimizer; the trained parameters of the UNet are views of it.
 
-    A UNet in half precision has pieces of a copy in its own, which `renew` makes of the vector before they are used;
-    `gather` brings their gradients to the vector's.
+    If the UNet is in half precision, its parameters are views of a half-precision copy instead: `copy_to_model` updates
+    the copy before a forward pass, and `collect_gradients` adds the gradients of its views to the vector's.
+
+    Args:
+        parameters: the trained parameters by name, all of one dtype.
 
     Attributes:
-        vector: of all weights, with its gradient, which is to be set to zero, not to be taken away.
-        named: its pieces by the names of the parameters, to be read and written.
+        vector: all weights, (n,). Its gradient must be set to zero and never to None, as views of it are in use.
+        named: the views of the vector by the names of the parameters.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter]):
-        self.used, dtype = list(parameters.values()), next(iter(parameters.values())).dtype
-        self.vector = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in self.used]))
+        self.parameters, dtype = list(parameters.values()), next(iter(parameters.values())).dtype
+        self.vector = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in self.parameters]))
         self.vector.grad = torch.zeros_like(self.vector)
-        self.copy = None if dtype == torch.float32 else self.vector.detach().to(dtype)
-        self.named = dict(zip(parameters, self._pieces(self.vector.detach())))
-        pieces = self._pieces(self.vector.detach() if self.copy is None else self.copy)
-        for p, piece, gradient in zip(self.used, pieces, self._pieces(self.vector.grad)):
-            p.data = piece
-            p.grad = gradient if self.copy is None else None
+        self.half = None if dtype == torch.float32 else self.vector.detach().to(dtype)
+        self.named = dict(zip(parameters, self._split(self.vector.detach())))
+        views = self._split(self.vector.detach() if self.half is None else self.half)
+        for p, view, gradient in zip(self.parameters, views, self._split(self.vector.grad)):
+            p.data = view
+            p.grad = gradient if self.half is None else None
 
-    def _pieces(self, vector: torch.Tensor) -> Iterable[torch.Tensor]:
-        parts = vector.split([p.numel() for p in self.used])
-        return (part.view(p.shape) for part, p in zip(parts, self.used))
+    def _split(self, vector: torch.Tensor) -> Iterable[torch.Tensor]:
+        """Views of a vector, in the shapes of the parameters."""
+        parts = vector.split([p.numel() for p in self.parameters])
+        return (part.view(p.shape) for part, p in zip(parts, self.parameters))
 
-    def renew(self) -> None:
-        if self.copy is not None:
-            self.copy.copy_(self.vector.detach())
-            self._forget()  # what a recording that failed may have left
+    def copy_to_model(self) -> None:
+        """Rounds the vector into the half-precision copy, if there is one."""
+        if self.half is not None:
+            self.half.copy_(self.vector.detach())
+            self._clear_gradients()  # a failed capture of a CUDA graph may have left some
 
-    def gather(self) -> None:
-        if self.copy is not None:
-            self.vector.grad += torch.cat([p.grad.flatten() for p in self.used])
-            self._forget()
+    def collect_gradients(self) -> None:
+        """Adds the half-precision gradients, if there are any, to the gradient of the vector."""
+        if self.half is not None:
+            self.vector.grad += torch.cat([p.grad.flatten() for p in self.parameters])
+            self._clear_gradients()
 
-    def _forget(self) -> None:
-        for p in self.used:
+    def _clear_gradients(self) -> None:
+        for p in self.parameters:
             p.grad = None

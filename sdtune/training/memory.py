@@ -1,10 +1,10 @@
-"""What the gradient through a frozen UNet can do without.
+"""Saves memory in training: does not save activations that the backward pass of a frozen UNet can do without.
 
-PyTorch keeps for the backward whatever an operation might need. In a frozen UNet a convolution's input serves
-nothing, since its weights get no gradient; and what a normalisation or GELU gave is soon computed again from what it
-took, which is kept anyway. On Stable Diffusion 1.5's shape with Res-Attn that is 171 of 416 MB (256 px, batch 1,
-fp32: the sizes of the tensors that its graph holds), less what is below `LEAST`. A GPU multiplies so fast that the
-largest results of all, GEGLU's in the outermost blocks, need not be kept there either.
+PyTorch saves for the backward pass whatever an operation might need. In a frozen UNet nothing uses the input of a
+convolution, because its weights get no gradient; and the result of a normalisation or of GELU is quickly computed a
+second time from its input, which is saved anyway. For Stable Diffusion 1.5's shape with Res-Attn this is 171 of 416 MB
+(256 px, batch 1, fp32: the sizes of the tensors that the graph holds), less the tensors below `MIN_BYTES`. On a GPU,
+where matrix products are fast, the largest results of all, those of GEGLU in the outermost blocks, are recomputed too.
 """
 
 from functools import partial
@@ -16,17 +16,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..kernels.layers import Convolution
 
-MIN_BYTES = 2**20  # bytes of a tensor that is worth not keeping: the time that it costs depends little on the size
-MAX_RECOMPUTED_CHANNELS = (
-    320  # channels from which a product is computed again, those of the outermost blocks: with more it takes longer
-)
+MIN_BYTES = 2**20  # smaller tensors are saved as usual: the time that a recomputation costs hardly depends on the size
+MAX_PROJECTION_WIDTH = 320  # in GEGLU, wider projections are not recomputed: they take too long. SD's outermost blocks
 
 
 class MemorySavingHooks(saved_tensors_hooks):
-    """Within `with Frugal(unet):` a forward pass keeps less for its backward, whose gradients are the same bit for bit.
+    """In a `with`, a forward pass of `unet` saves less for its backward pass. The gradients are the same bit for bit.
 
-    May be entered again and again; not for autocast. Trained layers are left as they are, so `unet` may have tuners and
-    LoRAs; but not a full fine-tuning, whose hooks change what a normalisation gives.
+    Can be entered any number of times. Does not work with autocast. Trained layers are left as they are, so the UNet
+    may have tuners and LoRAs, but full fine-tuning does not work: its hooks change the results of normalisations.
     """
 
     def __init__(self, unet: nn.Module):
@@ -35,43 +33,41 @@ class MemorySavingHooks(saved_tensors_hooks):
             if isinstance(module, nn.Conv2d):
                 module._conv_forward = partial(_convolve, module)
             elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-                module.forward = partial(_mark_recomputable, module.forward)
+                module.forward = partial(_call_recomputable, module.forward)
             elif isinstance(module, GEGLU):
-                module.gelu = partial(_mark_recomputable, module.gelu)
+                module.gelu = partial(_call_recomputable, module.gelu)
                 proj = module.proj
-                if (
-                    isinstance(proj, nn.Linear)
-                    and proj.in_features <= MAX_RECOMPUTED_CHANNELS
-                    and not proj.weight.requires_grad
-                ):
-                    proj.forward = partial(_mark_recomputable, proj.forward, on=_is_cuda)
+                is_frozen = isinstance(proj, nn.Linear) and not proj.weight.requires_grad
+                if is_frozen and proj.in_features <= MAX_PROJECTION_WIDTH:
+                    proj.forward = partial(_call_recomputable, proj.forward, condition=_is_cuda)
 
 
-def _mark_recomputable(function, x: torch.Tensor, on=lambda x: True) -> torch.Tensor:
-    """function(x), which can be computed again, as its memory knows from now on."""
+def _call_recomputable(function, x: torch.Tensor, condition=lambda x: True) -> torch.Tensor:
+    """function(x), whose memory is marked with how to compute it a second time, if `condition(x)` and it is large."""
     result = function(x)
     storage = result.untyped_storage()
-    if result.requires_grad and storage.nbytes() == result.nbytes >= MIN_BYTES and on(x):
-        storage.again = _Recompute(function, _pack(x.detach()), result.dtype)
+    if result.requires_grad and storage.nbytes() == result.nbytes >= MIN_BYTES and condition(x):
+        storage.recompute = _Recompute(function, _pack(x.detach()), result.dtype)
     return result
 
 
 def _pack(saved: torch.Tensor):
-    again = getattr(saved.untyped_storage(), "again", None)
-    if again is None or saved.dtype != again.dtype:
+    """What to keep for the backward pass: the tensor, or how to compute its memory, with its place in that memory."""
+    recompute = getattr(saved.untyped_storage(), "recompute", None)
+    if recompute is None or saved.dtype != recompute.dtype:
         return saved
-    return again, saved.shape, saved.stride(), saved.storage_offset()
+    return recompute, saved.shape, saved.stride(), saved.storage_offset()
 
 
 def _unpack(packed) -> torch.Tensor:
     if isinstance(packed, torch.Tensor):
         return packed
-    again, *where = packed
-    return again().as_strided(*where)
+    recompute, *place = packed
+    return recompute().as_strided(*place)
 
 
 class _Recompute:
-    """Calls a function once more as it was called, but for its gradient."""
+    """Calls a function a second time with the same input, without a gradient."""
 
     def __init__(self, function, packed, dtype: torch.dtype):
         self.function, self.packed, self.dtype = function, packed, dtype
@@ -86,14 +82,16 @@ def _is_cuda(x: torch.Tensor) -> bool:
 
 
 def _convolve(conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`nn.Conv2d._conv_forward`, keeping x only for a gradient of the weights."""
-    light = isinstance(conv, Convolution) and conv.quicker(x, weight, bias)
-    if light or weight.requires_grad or not x.requires_grad or x.nbytes < MIN_BYTES:
+    """`nn.Conv2d._conv_forward`, which saves x only if the weights get a gradient."""
+    saves_nothing = isinstance(conv, Convolution) and conv.faster_function(x, weight, bias)
+    if saves_nothing or weight.requires_grad or not x.requires_grad or x.nbytes < MIN_BYTES:
         return type(conv)._conv_forward(conv, x, weight, bias)
     return _FrozenConvolution.apply(x, weight, bias, conv)
 
 
 class _FrozenConvolution(torch.autograd.Function):
+    """A convolution that saves only its weights: the gradient of x does not depend on x."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, conv):
         ctx.save_for_backward(weight)
@@ -102,8 +100,10 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        weight, unread = ctx.saved_tensors[0].to(gradient.dtype), gradient.new_empty(ctx.shape)
-        found = torch.ops.aten.convolution_backward(
-            gradient, unread, weight, None, *ctx.settings[:3], False, [0, 0], ctx.settings[3], [True, False, False]
+        weight = ctx.saved_tensors[0].to(gradient.dtype)
+        placeholder = gradient.new_empty(ctx.shape)  # convolution_backward reads only the shape of x here
+        stride, padding, dilation, groups = ctx.settings
+        gradients = torch.ops.aten.convolution_backward(
+            gradient, placeholder, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
         )
-        return found[0], None, None, None
+        return gradients[0], None, None, None

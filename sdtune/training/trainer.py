@@ -1,52 +1,53 @@
-"""The trainer: image-prompt pairs and a base in, a tuner file, previews and a loss curve out.
+"""The training loop: `fit` trains a tuner on images and their captions, and `Trainer.step` is one training step.
 
-`fit` reads like the method: the once-in-a-while work first (read, encode, attach, resume), the single
-training step last (`_Trainer.step`). Accelerate gives device, precision, loss scaling, clipping, several processes,
-checkpoints and trackers. The whole encoded set lies on the device, and there is no DataLoader. A GPU is not waited
-for: a step's losses are looked at when the next one is under way.
+All images and captions are encoded once, before the first step, and stay on the device, so there is no DataLoader.
+Accelerate provides the device, mixed precision, gradient clipping, several processes and experiment trackers. Read
+`fit` first, then `Trainer.__init__` (what happens once) and `Trainer.step` (what happens over and over).
 """
 
-import json
-import os
-import shutil
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
-from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
 from .. import kernels
-from ..adapters import api, state, tuner_file
+from ..adapters import api, tuner_file
 from ..bases import load, properties
-from ..inference import compare, grids, plots
-from ..kernels.cpu import heap
+from ..inference import plots
 from ..kernels.cuda import graphs
-from ..tuners.config import FULL, TunerConfig
-from . import dataset, encoding, launch, stopping
+from ..tuners.config import TunerConfig
+from . import checkpoints, setup
+from .accelerator import create_accelerator
+from .checkpoints import CheckpointState
 from .config import TrainConfig
 from .errors import Stopped, TrainError
 from .flat_weights import FlatWeights
-from .loss import AttentionInFp32, denoising_errors, training_loss
-from .memory import MemorySavingHooks
+from .heldout import HeldOutLoss
+from .loss import training_loss
+from .previews import evaluation_mode, set_training_mode
 from .sample_step import sample_step
+from .signals import CatchSignals
 
-NAME = "tuner"  # the adapter's name while it trains
+ADAPTER_NAME = "tuner"  # the name of the adapter in the UNet while it is trained
 
 
 @dataclass
 class Result:
-    """Where a finished run left its files, and its losses; `main` is False in all processes but the first.
+    """What a finished run has written, and its losses.
 
-    `heldout` is the mean loss on the held-out pictures by step, `steps` the step whose tuner was kept.
+    Attributes:
+        main: whether this is the first process; the others have written nothing.
+        tuner, preview, loss_plot, config: the files in the output folder.
+        losses: the training loss of each step.
+        heldout: step -> mean loss on the held-out images; step 0 is the base without a tuner.
+        steps: the step whose tuner was kept.
     """
 
     main: bool
@@ -62,458 +63,360 @@ class Result:
 def fit(
     config: TrainConfig, tuner: TunerConfig | None = None, on_step: Callable[[int, float], bool | None] | None = None
 ) -> Result:
-    """Trains a tuner on a folder of image-prompt pairs.
+    """Trains a tuner on a folder of images with captions.
 
-    Leaves in `config.output`: tuner.safetensors, preview.png, loss.png, config.json, checkpoints/, previews/.
+    Writes into `config.output`: tuner.safetensors, preview.png, loss.png, config.json, checkpoints/ and previews/.
 
     Args:
-        on_step: gets the steps done and the last loss after each (on a GPU after the next one has begun); returning
-            True stops the run as a signal does.
+        tuner: what to train; by default `TunerConfig()`, a Res-Attn tuner.
+        on_step: called after each step with the number of finished steps and the last loss (on a GPU, after the next
+            step has begun). If it returns True, the run stops as it does after a signal.
 
     Raises:
         DataError, BaseError: before any training, with everything that is wrong with the data or the base.
-        Stopped: after a signal, once a checkpoint is written.
-        TrainError: if the output folder holds an unfinished run and `resume` is off, if there is nothing to
-            resume, or if the loss is not finite; the last good weights are in the output folder then.
+        Stopped: after a signal, once a checkpoint has been written.
+        TrainError: if the output folder holds an unfinished run and `resume` is off, if there is nothing to resume,
+            or if the loss is not finite; in that case the last good weights are in the output folder.
     """
     trainer = Trainer(config, tuner or TunerConfig())
-    with launch.CatchSignals() as caught:
-        over = trainer.done and trainer.look()  # a checkpoint is written before its step is looked at
-        while trainer.done < config.steps and not over:
-            known = len(trainer.losses)
+    with CatchSignals() as signals:
+        # a resumed run may have been stopped after its checkpoint was written and before its preview was drawn
+        ended = trainer.done and trainer.preview_and_check_stopping()
+        while trainer.done < config.steps and not ended:
+            known_losses = len(trainer.losses)
             trainer.step()
-            due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
-            if due:
-                trainer.settle()
-            new = len(trainer.losses) > known
-            asked = signal.SIGTERM if on_step and new and on_step(len(trainer.losses), trainer.losses[-1]) else 0
-            stop = trainer.anywhere(caught.number or asked)
-            if due or stop:
-                trainer.checkpoint()
+            checkpoint_due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
+            if checkpoint_due:
+                trainer.read_pending_losses()
+            has_new_loss = len(trainer.losses) > known_losses
+            stop_requested = on_step and has_new_loss and on_step(len(trainer.losses), trainer.losses[-1])
+            stop = trainer.max_over_processes(signals.number or (signal.SIGTERM if stop_requested else 0))
+            if checkpoint_due or stop:
+                trainer.write_checkpoint()
             if stop:
                 trainer.close()
                 raise Stopped(
-                    f"stopped at step {trainer.done} of {config.steps}; a checkpoint is in {trainer.checkpoints}. "
-                    "Continue with the same command and --resume", stop
+                    f"stopped at step {trainer.done} of {config.steps}; a checkpoint is in "
+                    f"{trainer.output / checkpoints.FOLDER}. Continue with the same command and --resume", stop
                 )  # fmt: skip
-            over = trainer.look()
+            ended = trainer.preview_and_check_stopping()
     return trainer.finish()
 
 
+class PendingLosses(NamedTuple):
+    """The losses of a step whose copy from the GPU may still be under way."""
+
+    step: int  # from 0
+    images: torch.Tensor  # the number of each image of the step, (batch of all processes,)
+    learning_rate: float
+    losses: torch.Tensor  # (batch of all processes,), on the CPU
+    copied: torch.cuda.Event | None  # recorded after the copy; None on a CPU
+
+
 class Trainer:
-    """The state of a run. `fit` is the order of things; each method here is one of them."""
+    """The state of a run. `fit` calls the public methods in order.
+
+    Attributes:
+        done: how many optimizer steps are done.
+        losses: the training loss of each step that has been read from the device.
+        weights: what is trained, as one fp32 vector.
+    """
 
     def __init__(self, config: TrainConfig, tuner: TunerConfig):
         self.config, self.tuner, self.output = config, tuner, Path(config.output)
-        self.checkpoints = self.output / "checkpoints"
         resolution = config.resolution or load.native_resolution(config.base)
-        self.accelerator = _accelerator(config)
-        self.main = self.accelerator.is_main_process
-        say = self._say = lambda text: print(text, flush=True) if self.main else None
+        self.accelerator = accelerator = create_accelerator(config)
+        self.is_main, device = accelerator.is_main_process, accelerator.device
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
-        pairs, heldout = dataset.read_splits(config.data, resolution, say)
-        if config.stop_when and not heldout:
-            raise TrainError(
-                f"--stop_when {config.stop_when} watches held-out pictures, and {config.data} has none; move some "
-                "pairs, say one of five, into a folder test/ beside train/"
-            )
-        start = self._latest_checkpoint()
-        say(f"{len(pairs)} pairs from {config.data}" + (f", {len(heldout)} held out" if heldout else ""))
-        say(f"loading the base {config.base}")
+        # data
+        pairs, heldout = setup.read_pairs(config, resolution, self._print)
+        checkpoint = checkpoints.find_checkpoint(self.output, config.resume)
+        self._print(f"{len(pairs)} pairs from {config.data}" + (f", {len(heldout)} held out" if heldout else ""))
 
+        # the frozen base
+        self._print(f"loading the base {config.base}")
         set_seed(config.seed)
-        device = self.accelerator.device
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
         self.pipe = pipe = load.load_base(config.base)
         self.base = properties.describe_base(pipe)
-        long = encoding.truncated_captions(pairs, pipe.tokenizer, config.trigger_words)
-        if long:
-            say(f"{len(long)} captions are longer than the text encoder reads and are cut: {', '.join(long[:5])}")
+        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         for model in (pipe.vae, pipe.text_encoder, pipe.unet):
             model.requires_grad_(False).eval()
-        pipe.vae.to(device)
-        pipe.text_encoder.to(device)
-        models = (pipe.vae, pipe.tokenizer, pipe.text_encoder, resolution)
-        self.data = encoding.encode(pairs, *models, config.flip, config.trigger_words).to(device, half)
-        self.heldout = heldout and encoding.encode(heldout, *models, False, config.trigger_words).to(device, half)
-        pipe.vae.to("cpu")
-        pipe.text_encoder.to("cpu")
-
-        self.unet = kernels.to_channels_last(pipe.unet.to(device, half))
-        api.add_tuner(self.unet, tuner, NAME)
-        self.weights = FlatWeights(api.tuner_parameters(self.unet, NAME))
-        if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        # a mode does not reach into what gradient checkpointing computes again
-        in_fp32 = device.type == "cpu" and half != torch.float32 and not config.gradient_checkpointing
-        self.attention = AttentionInFp32 if in_fp32 else nullcontext
-        # a step takes 1 % longer, and 2 % on a small UNet, for whose memory nobody on a CPU would pay them
-        spared = device.type == "cpu" and properties.is_small(self.unet)
-        self.frugal = nullcontext() if tuner.kind == FULL or spared else MemorySavingHooks(self.unet)
-        self.learn = graphs.CudaGraphed(self._learn) if device.type == "cuda" else self._learn
-        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        # the published rate; for a UNet as small as tiny-sd's a higher one did better on pairs left out of training
-        usual_rate = (3e-3 if properties.is_small(self.unet) else 1e-4) * (0.1 if tuner.kind == FULL else 1)
-        rate = config.learning_rate or usual_rate
-        usual = properties.default_guidance(self.unet)
-        self.guidance = usual if config.guidance_scale is None else config.guidance_scale
-        self.optimizer = torch.optim.AdamW([self.weights.vector], lr=rate, weight_decay=config.weight_decay, fused=True)
-        name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-        self.rate = get_scheduler(
-            name, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
+        self.encoded, encoded_heldout = setup.encode_pairs(
+            config, pipe, pairs, heldout, resolution, device, dtype, self._print
         )
-        self.optimizer = self.accelerator.prepare(self.optimizer)
-        self.accelerator.register_for_checkpointing(self.rate)
 
-        self.prompts = config.preview_prompts or [p.caption for p in (heldout or pairs)[:4]]
-        if config.trigger_words and not config.preview_prompts:
-            self.prompts = [f"{config.trigger_words} {p}" for p in self.prompts]
-        self.true = [] if config.preview_prompts else [p.open() for p in (heldout or pairs)[:4]]
-        self.settings = {k: v for k, v in asdict(config).items() if k not in ("output", "resume")}
-        self.settings |= {"resolution": resolution, "learning_rate": rate}
-        self.settings |= {"mixed_precision": self.accelerator.mixed_precision}
-        self.settings |= {"processes": self.accelerator.num_processes}
+        # the tuner in its UNet
+        self.unet = unet = kernels.to_channels_last(pipe.unet.to(device, dtype))
+        api.add_tuner(unet, tuner, ADAPTER_NAME)
+        self.weights = FlatWeights(api.tuner_parameters(unet, ADAPTER_NAME))
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.attention_precision = setup.attention_precision(config, unet)
+        self.saved_tensor_hooks = setup.saved_tensor_hooks(unet, tuner)
+        is_cuda = device.type == "cuda"
+        self.train_on_batch = graphs.CudaGraphed(self._compute_gradients) if is_cuda else self._compute_gradients
+
+        # optimizer, previews, held-out loss
+        learning_rate = config.learning_rate or setup.default_learning_rate(unet, tuner)
+        optimizer, self.lr_scheduler = setup.create_optimizer(config, self.weights.vector, learning_rate)
+        self.optimizer = accelerator.prepare(optimizer)
+        accelerator.register_for_checkpointing(self.lr_scheduler)
+        self.previews = setup.create_previews(config, pipe, ADAPTER_NAME, accelerator, heldout or pairs, resolution)
+        self.heldout = HeldOutLoss(unet, self.scheduler, encoded_heldout, keep_best=bool(config.stop_when))
+        self.settings = setup.collect_settings(config, resolution, learning_rate, accelerator)
+
+        # progress
         self.done, self.kept_step, self.losses = 0, 0, []
-        self.heldout_losses: dict[int, list[float]] = {}  # step -> loss of each held-out picture
-        self.best: tuple[int, torch.Tensor] | None = None  # with stop_when: of the lowest held-out loss, with its step
-        self.good, self.good_step = self.weights.vector.detach().clone(), 0
-        self.fine = torch.ones((), dtype=torch.bool, device=device)  # whether all losses have been finite
-        self.ahead: tuple | None = None  # what the next step learns from
-        self.pending: tuple | None = None  # the last step's losses, on their way here
-        if start:
-            self._restore(start)
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            if not start:  # only now that all has been loaded does an earlier, finished run go
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-                (self.output / tuner_file.FILE_NAME).unlink(missing_ok=True)
-            text = {"train": self.settings, "tuner": asdict(tuner), "versions": tuner_file.library_versions()}
-            tuner_file.write_text(self.output / "config.json", json.dumps(text, indent=2) + "\n")
+        self.good_weights, self.good_step = self.weights.vector.detach().clone(), 0  # the last with a finite loss
+        self.all_finite = torch.ones((), dtype=torch.bool, device=device)  # whether all losses have been finite
+        self.next_batches: tuple | None = None
+        self.pending: PendingLosses | None = None
+        if checkpoint:
+            self._restore(checkpoint)
+        accelerator.wait_for_everyone()
+        if self.is_main:
+            setup.prepare_output(self.output, self.settings, tuner, is_new=checkpoint is None)
         if config.report_to:
-            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.settings.items()}
-            self.accelerator.init_trackers("sdtune", {**flat, **{k: str(v) for k, v in asdict(tuner).items()}})
+            setup.start_trackers(accelerator, self.settings, tuner)
+        precision = accelerator.mixed_precision.replace("no", "fp32")
+        prediction = self.scheduler.config.prediction_type
         count = self.weights.vector.numel()
-        precision = self.accelerator.mixed_precision.replace("no", "fp32")
-        predicts = self.scheduler.config.prediction_type
-        say(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {predicts}")
-        self.before: list = []  # the base's preview, drawn when the first comparison with it is due
-        _set_mode(self.unet, training=True)
-        self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.main)
+        self._print(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {prediction}")
+        set_training_mode(unet, True)
+        self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.is_main)
+
+    def _print(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)
+
+    # ----------------------------------------------------------------------------------- the training step
 
     def step(self) -> None:
-        """One optimizer step: predict, weigh, back-propagate, average over processes, clip, update; draw the next."""
-        config, accelerator, vector = self.config, self.accelerator, self.weights.vector
-        index, batches = self.ahead or self._batches(self.done)
-        losses = torch.cat([accelerator.gather(self.learn(**batch)) for batch in batches])
-        self.fine &= torch.isfinite(losses).all()
-        torch.where(self.fine, vector.detach(), self.good, out=self.good)
+        """One training step: loss and gradients of each batch, averaged over processes, clipped; update of the weights.
+
+        On a GPU it returns before the device has finished. The losses of a step are read during the next one.
+        """
+        accelerator, vector = self.accelerator, self.weights.vector
+        images, batches = self.next_batches or self._sample_batches(self.done)
+        losses = torch.cat([accelerator.gather(self.train_on_batch(**batch)) for batch in batches])
+        self._keep_good_weights(losses)
         if accelerator.num_processes > 1:
             vector.grad.copy_(accelerator.reduce(vector.grad, "mean"))
-        if config.max_grad_norm:
-            accelerator.clip_grad_norm_([vector], config.max_grad_norm)
+        if self.config.max_grad_norm:
+            accelerator.clip_grad_norm_([vector], self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        rate = self.rate.get_last_lr()[0]
-        self.rate.step()  # also where loss scaling has left the weights as they were, so that it ends where it should
-        self.ahead = self._batches(self.done + 1)
-        self.settle()
-        here = torch.cuda.Event() if losses.is_cuda else None
-        self.pending = self.done, index, rate, losses.to("cpu", non_blocking=True), here
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()  # also where loss scaling skipped the update, so that the schedule ends on time
+
+        self.next_batches = self._sample_batches(self.done + 1)
+        self.read_pending_losses()
+        copied = torch.cuda.Event() if losses.is_cuda else None
+        on_cpu = losses.to("cpu", non_blocking=True)
+        self.pending = PendingLosses(self.done, images, learning_rate, on_cpu, copied)
         self.done = self.kept_step = self.done + 1
-        here.record() if here else self.settle()
+        if copied:
+            copied.record()
+        else:
+            self.read_pending_losses()
 
-    def settle(self) -> None:
-        """Waits for the losses of the last step that was begun, and looks at them."""
-        if not self.pending:
-            return
-        (step, index, rate, losses, here), self.pending = self.pending, None
-        if here:
-            here.synchronize()
-        bad = ~torch.isfinite(losses)
-        if bad.any():
-            names = list(dict.fromkeys(self.data.names[i] for i in index[bad].tolist()))
-            every = " (every picture of the batch: the learning rate may be too high)" if bad.all() else ""
-            self._give_up(f"the loss is not finite at step {step + 1}, for {', '.join(names)}{every}")
-        self.good_step = step
-        self.losses.append(losses.mean().item())
-        recent = self.losses[-20:]
-        self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{rate:.1e}", refresh=False)
-        self.bar.update()
-        if self.config.report_to:
-            self.accelerator.log({"loss": self.losses[-1], "lr": rate}, step=step + 1)
-
-    def _batches(self, step: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
-        """The numbers of a step's pictures, in all processes, and what `_learn` takes for each batch of this one."""
-        config, encoded, ranks = self.config, self.data, self.accelerator.num_processes
-        size, parts = config.batch_size, config.gradient_accumulation_steps
-        drawn = sample_step(config, step, ranks * size * parts, encoded, self.scheduler.config.num_train_timesteps)
+    def _sample_batches(self, step: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        """The image numbers of a step, for all processes together, and this process's arguments of `train_on_batch`."""
+        config, encoded, processes = self.config, self.encoded, self.accelerator.num_processes
+        size, count = config.batch_size, config.gradient_accumulation_steps
+        timesteps = self.scheduler.config.num_train_timesteps
+        sample = sample_step(config, step, processes * size * count, encoded, timesteps)
         batches = []
-        for part in range(parts):
-            first = (part * ranks + self.accelerator.process_index) * size
-            own = {name: self._to_device(x[first : first + size]) for name, x in vars(drawn).items()}
-            index, flip = own["index"], own["flip"]
-            latents = encoded.mean[index, flip] + encoded.std[index, flip] * own["latent"]
-            states = torch.where(own["drop"][:, None, None], encoded.empty, encoded.text[index])
+        for i in range(count):
+            first = (i * processes + self.accelerator.process_index) * size
+            own = {name: self._to_device(x[first : first + size]) for name, x in vars(sample).items()}
+            image, flip = own["image"], own["flip"]
+            latents = encoded.mean[image, flip] + encoded.std[image, flip] * own["posterior_noise"]
+            states = torch.where(own["drop_caption"][:, None, None], encoded.empty, encoded.text[image])
             batches.append(dict(latents=latents, noise=own["noise"], timesteps=own["timestep"], states=states))
-        return drawn.index, batches
+        return sample.image, batches
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         device = self.accelerator.device
         return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
-    def _learn(self, latents, noise, timesteps, states) -> torch.Tensor:
-        """The loss of each picture of a batch (B,); adds its gradient to that of the weights."""
-        self.weights.renew()
-        with self.attention(), self.frugal:
-            known = latents, noise, timesteps, states
-            loss = training_loss(self.unet, self.scheduler, *known, self.config.min_snr_gamma)
-            self.accelerator.backward(loss.mean() / self.config.gradient_accumulation_steps)
-        self.weights.gather()
-        return loss.detach()
+    def _compute_gradients(self, latents, noise, timesteps, states) -> torch.Tensor:
+        """The loss of each image of a batch, (B,); adds the gradient of their mean to `self.weights.vector.grad`."""
+        self.weights.copy_to_model()
+        with self.attention_precision(), self.saved_tensor_hooks:
+            losses = training_loss(
+                self.unet, self.scheduler, latents, noise, timesteps, states, self.config.min_snr_gamma
+            )
+            self.accelerator.backward(losses.mean() / self.config.gradient_accumulation_steps)
+        self.weights.collect_gradients()
+        return losses.detach()
 
-    def _give_up(self, why: str) -> None:
-        """Saves the last weights that gave a finite loss, and raises."""
-        self.weights.vector.data.copy_(self.good)
-        self.kept_step = self.good_step
-        path = self._save_tuner(self.output / "last-good.safetensors") if self.main else self.output
-        self.close()
-        raise TrainError(
-            f"{why}. The last good weights, of step {self.kept_step}, are in {path}. Look at these pictures, lower "
-            "--learning_rate, or use --mixed_precision bf16 or no"
-        )
+    def _keep_good_weights(self, losses: torch.Tensor) -> None:
+        """Copies the weights, before their update, if all losses so far are finite; does not wait for the GPU."""
+        self.all_finite &= torch.isfinite(losses).all()
+        torch.where(self.all_finite, self.weights.vector.detach(), self.good_weights, out=self.good_weights)
 
-    def look(self) -> bool:
-        """Draws the preview and watches for memorising, where they are due; whether the run should end."""
-        every = self.config.preview_every
-        if every and self.done % every == 0 and self.done < self.config.steps:
-            self.preview(self.output / "previews" / f"step-{self.done:06d}.png")
-        return bool(self.config.stop_when and self.anywhere(self.memorises()))
+    def read_pending_losses(self) -> None:
+        """Waits for the losses of the last step, checks that they are finite, and logs them.
 
-    def memorises(self) -> bool:
-        """Whether the run has begun to memorise, measured 20 times a run; keeps the weights that were best."""
-        if self.done % max(1, self.config.steps // 20):
-            return False
-        with _Evaluating(self):
-            self._measure_heldout()
-        begun = stopping.first_memorising_step(self.heldout_losses)
-        if begun is not None:
-            self.bar.close()
-            self._say(f"stopped at step {self.done}: the held-out loss has risen since step {begun}")
-        return begun is not None
+        Raises:
+            TrainError: if a loss is not finite, naming the images; the last good weights have been saved then.
+        """
+        if not self.pending:
+            return
+        (step, images, learning_rate, losses, copied), self.pending = self.pending, None
+        if copied:
+            copied.synchronize()
+        bad = ~torch.isfinite(losses)
+        if bad.any():
+            names = list(dict.fromkeys(self.encoded.names[i] for i in images[bad].tolist()))
+            every = " (every picture of the batch: the learning rate may be too high)" if bad.all() else ""
+            self._save_good_weights_and_raise(
+                f"the loss is not finite at step {step + 1}, for {', '.join(names)}{every}"
+            )
+        self.good_step = step
+        self.losses.append(losses.mean().item())
+        recent = self.losses[-20:]
+        self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{learning_rate:.1e}", refresh=False)
+        self.bar.update()
+        if self.config.report_to:
+            self.accelerator.log({"loss": self.losses[-1], "lr": learning_rate}, step=step + 1)
 
-    def anywhere(self, number: int) -> int:
-        """The greatest number of any process, 0 for none, the same answer in all of them."""
+    def max_over_processes(self, number: int) -> int:
+        """The greatest `number` of all processes; the same result in each of them."""
         if self.accelerator.num_processes == 1:
             return number
-        device = self.accelerator.device
-        return int(self.accelerator.gather(torch.tensor([number], device=device)).max())
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
-    # ------------------------------------------------------------------------- once in a while
+    # ------------------------------------------------------------------------- previews and the stopping rule
 
-    def checkpoint(self) -> None:
-        """Writes checkpoints/step-N: the fp32 tuner, optimizer, schedule, scaler, RNG states and losses."""
-        self.settle()
+    def preview_and_check_stopping(self) -> bool:
+        """Draws a preview and measures the held-out loss, where they are due. Returns whether the run should end."""
+        every = self.config.preview_every
+        if every and self.done % every == 0 and self.done < self.config.steps:
+            self._draw_preview(self.output / "previews" / f"step-{self.done:06d}.png")
+        return bool(self.config.stop_when and self.max_over_processes(self._is_memorising()))
+
+    def _is_memorising(self) -> bool:
+        """Whether the held-out loss has risen; it is measured 20 times in a run."""
+        if self.done % max(1, self.config.steps // 20):
+            return False
+        with self._evaluation_mode():
+            self.heldout.measure(self.done, self.weights.vector)
+        best_step = self.heldout.memorising_since()
+        if best_step is None:
+            return False
+        self.bar.close()
+        self._print(f"stopped at step {self.done}: the held-out loss has risen since step {best_step}")
+        return True
+
+    def _draw_preview(self, path: Path) -> list:
+        """Measures the held-out loss, draws the preview prompts into a grid, and returns the images of the tuner.
+
+        Only the main process draws; in the others the list is empty.
+        """
+        with self._evaluation_mode():
+            self.heldout.measure(self.done, self.weights.vector)
+            tuned = self.previews.draw_grid(path, f"tuned, step {self.kept_step}") if self.is_main else []
+        if self.is_main and self.config.report_to and self.done in self.heldout.losses:
+            self.accelerator.log({"held-out loss": self.heldout.means()[self.done]}, step=self.done)
+        return tuned
+
+    @contextmanager
+    def _evaluation_mode(self):
+        self.weights.copy_to_model()
+        with evaluation_mode(self.pipe, self.accelerator.device):
+            yield
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def write_checkpoint(self) -> None:
+        """Writes checkpoints/step-N: the tuner in fp32, optimizer, schedule, loss scale, random states and losses.
+
+        Raises:
+            TrainError: if the weights are not finite; the last good ones have been saved then.
+        """
+        self.read_pending_losses()
         if not torch.isfinite(self.weights.vector).all():
-            self._give_up(f"the weights are not finite after step {self.done}")
+            self._save_good_weights_and_raise(f"the weights are not finite after step {self.done}")
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() < 1:
-            self._give_up(f"the gradients overflow in fp16 at step {self.done}, however small the loss is scaled")
-        final = self.checkpoints / f"step-{self.done:06d}"
-        part = self.checkpoints / f".step-{self.done:06d}.part"
-        if self.main:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            self._save_tuner(part / tuner_file.FILE_NAME, torch.float32)
-            if self.best:
-                torch.save(self.best, part / "best.pt")
-            state = {"step": self.done, "losses": self.losses, "heldout": self.heldout_losses,
-                     "settings": self.settings, "tuner": asdict(self.tuner)}  # fmt: skip
-            tuner_file.write_text(part / "state.json", json.dumps(state))
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(part))
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
-        self.accelerator.wait_for_everyone()
-
-    def _latest_checkpoint(self) -> Path | None:
-        found = sorted(self.checkpoints.glob("step-*/state.json"))
-        finished = (self.output / tuner_file.FILE_NAME).exists()
-        if self.config.resume:
-            if not found:
-                raise TrainError(f"nothing to resume: {self.checkpoints} holds no checkpoint; start without --resume")
-            return found[-1].parent
-        if found and not finished:
-            raise TrainError(
-                f"{self.output} holds a run that stopped at step {int(found[-1].parent.name[5:])}. Continue it with "
-                "--resume, or give another --output, or delete the folder"
+            self._save_good_weights_and_raise(
+                f"the gradients overflow in fp16 at step {self.done}, however small the loss is scaled"
             )
-        return None
+        state = CheckpointState(
+            self.done, self.losses, self.heldout.losses, self.settings, asdict(self.tuner), self.heldout.best
+        )
+        with checkpoints.new_checkpoint(self.output, self.done, self.accelerator) as folder:
+            if self.is_main:
+                self._save_tuner(folder / tuner_file.FILE_NAME, torch.float32)
+                checkpoints.write_state(folder, state)
 
     def _restore(self, folder: Path) -> None:
-        state = json.loads((folder / "state.json").read_text())
-        free = {"steps", "checkpoint_every", "preview_every", "preview_prompts", "preview_steps", "guidance_scale",
-                "report_to", "data", "base"}  # fmt: skip
-        now = {**self.settings, **json.loads(json.dumps(asdict(self.tuner)))}
-        then = {**state["settings"], **state["tuner"]}
-        differ = [k for k in now if k not in free and then.get(k) != now[k]]
-        changed = [f"{k} was {then.get(k)!r} and is {now[k]!r}" for k in differ]
-        if changed:
-            raise TrainError(f"{folder} cannot be resumed with other settings: {'; '.join(changed)}")
+        """Continues from a checkpoint that was written with the same settings."""
+        state = checkpoints.read_state(folder, self.accelerator.device)
+        checkpoints.check_settings(folder, state, self.settings, asdict(self.tuner))
         file = tuner_file.load(folder)
         tuner_file.check_fits(file, {k: tuple(p.shape) for k, p in self.weights.named.items()}, folder)
         for name, p in self.weights.named.items():
             p.copy_(file.tensors[name])
         self.accelerator.load_state(str(folder))
-        self.done = self.kept_step = self.good_step = state["step"]
-        self.losses = state["losses"]
-        self.heldout_losses = {int(k): v for k, v in state["heldout"].items()}
-        self.good.copy_(self.weights.vector.detach())
-        if (folder / "best.pt").exists():
-            self.best = torch.load(folder / "best.pt", map_location=self.accelerator.device, weights_only=True)
+        self.done = self.kept_step = self.good_step = state.step
+        self.losses = state.losses
+        self.heldout.losses, self.heldout.best = state.heldout, state.best
+        self.good_weights.copy_(self.weights.vector.detach())
         if self.done > self.config.steps:
             raise TrainError(f"{folder} is past --steps {self.config.steps}; give more steps")
-        self._say(f"resumed at step {self.done}")
+        self._print(f"resumed at step {self.done}")
 
     def _save_tuner(self, path: Path, dtype: torch.dtype = torch.float16) -> Path:
-        training = {**self.settings, "steps_done": self.kept_step, "images": len(self.data.names)}
+        training = {**self.settings, "steps_done": self.kept_step, "images": len(self.encoded.names)}
         file = tuner_file.TunerFile(self.tuner, self.weights.named, self.base, self.config.trigger_words, training)
         return tuner_file.save(path, file, dtype)
 
-    def _draw(self, pipe, adapters: dict[str, float], count: int | None = None) -> list:
-        """The first `count` preview prompts, prompt i from the noise of seed i."""
-        cells = [compare.Cell(p, i, adapters, self.guidance) for i, p in enumerate(self.prompts[:count])]
-        steps, side = self.config.preview_steps, self.settings["resolution"]
-        return compare.draw_cells(pipe, cells, steps=steps, size=side, title="preview")
+    def _save_good_weights_and_raise(self, problem: str) -> None:
+        """Saves the last weights that gave a finite loss as last-good.safetensors, and raises a TrainError."""
+        self.weights.vector.data.copy_(self.good_weights)
+        self.kept_step = self.good_step
+        path = self._save_tuner(self.output / "last-good.safetensors") if self.is_main else self.output
+        self.close()
+        raise TrainError(
+            f"{problem}. The last good weights, of step {self.kept_step}, are in {path}. Look at these pictures, lower "
+            "--learning_rate, or use --mixed_precision bf16 or no"
+        )
 
-    def preview(self, path: Path) -> list:
-        """Measures the held-out loss; in the main process draws the preview prompts and writes the labelled grid."""
-        with _Evaluating(self):
-            if self.heldout and self.done not in self.heldout_losses:
-                self._measure_heldout()
-            if not self.main:
-                return []
-            with self.accelerator.autocast():
-                after = self._draw(self.pipe, {NAME: 1.0})
-                self.before = self.before or self._draw(self.pipe, {})
-        columns = ["base", f"tuned, step {self.kept_step}"] + (["true picture"] if self.true else [])
-        rows = [list(row) for row in zip(self.before, after, *([self.true] if self.true else []))]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grids.write_png(grids.make_grid(rows, columns, self.prompts), path)
-        if self.config.report_to and self.done in self.heldout_losses:
-            self.accelerator.log({"held-out loss": self.heldout_means()[self.done]}, step=self.done)
-        return after
-
-    def _measure_heldout(self) -> None:
-        if 0 not in self.heldout_losses:  # the base's, not before the first step, which should come soon
-            with state.adapters_disabled(self.unet):
-                self.heldout_losses[0] = self._heldout_errors()
-        self.heldout_losses[self.done] = self._heldout_errors()
-        means = self.heldout_means()
-        if self.config.stop_when and self.done and means[self.done] == min(means.values()):
-            self.best = self.done, self.weights.vector.detach().clone()
-
-    def _heldout_errors(self) -> list[float]:
-        return denoising_errors(self.unet, self.scheduler, self.heldout).tolist()
-
-    def heldout_means(self) -> dict[int, float]:
-        return {step: sum(losses) / len(losses) for step, losses in self.heldout_losses.items()}
+    # ----------------------------------------------------------------------------------- after the last step
 
     def finish(self) -> Result:
-        """Saves the tuner, loads the file into a fresh pipeline, and checks that it draws what it should."""
-        self.settle()
+        """Saves the tuner, draws the last preview, and checks that the file draws the same in a fresh pipeline."""
+        self.read_pending_losses()
         self.bar.close()
-        self.learn = None  # a recording holds memory
-        if self.heldout and self.done not in self.heldout_losses:
-            with _Evaluating(self):
-                self._measure_heldout()
-        if self.best:
-            self.kept_step = self.best[0]
-            self._say(f"keeping the tuner of step {self.kept_step}, with the lowest held-out loss")
-            self.weights.vector.data.copy_(self.best[1])
+        self.train_on_batch = None  # a captured CUDA graph holds memory
+        with self._evaluation_mode():
+            self.heldout.measure(self.done, self.weights.vector)
+        if self.heldout.best:
+            self.kept_step, best_weights = self.heldout.best
+            self._print(f"keeping the tuner of step {self.kept_step}, with the lowest held-out loss")
+            self.weights.vector.data.copy_(best_weights)
         path, preview, plot = (self.output / n for n in (tuner_file.FILE_NAME, "preview.png", "loss.png"))
-        if self.main:
+        if self.is_main:
             self._save_tuner(path)
             weights = self.weights.vector.data
-            weights.copy_(weights.half())  # those of the file, so that its pictures can be compared
-        after = self.preview(preview)
-        if self.main:
+            weights.copy_(weights.half())  # the file is fp16; the preview is drawn with exactly its weights
+        tuned = self._draw_preview(preview)
+        if self.is_main:
             title = f"{self.output.name}: {len(self.losses)} steps"
-            plots.plot_losses(plot, self.losses, self.heldout_means(), title)
+            plots.plot_losses(plot, self.losses, self.heldout.means(), title)
             self.pipe.to("cpu")
-            self._verify(path, after)
+            difference = self.previews.verify_file(path, self.config.base, tuned[0])
+            result = f"draws the preview (difference {difference:.2f} of 255)"
+            self._print(f"checked: the file, loaded into a fresh pipeline, {result}")
         self.close()
-        config, heldout = self.output / "config.json", self.heldout_means()
-        return Result(self.main, path, preview, plot, config, self.losses, heldout, self.kept_step)
-
-    def _verify(self, path: Path, after: list) -> None:
-        dtype, fresh = self.unet.dtype, load.load_base(self.config.base)
-        api.load_tuner(fresh, path, NAME)
-        fresh.to(self.accelerator.device)
-        fresh.unet.to(dtype)
-        with self.accelerator.autocast():
-            drawn = self._draw(fresh, {NAME: 1.0}, 1)
-        same, other = grids.mean_difference(drawn[0], after[0]), grids.mean_difference(drawn[0], self.before[0])
-        if other == 0:
-            raise TrainError(f"{path} was written, but it changes nothing: a fresh pipeline draws the base's picture")
-        rounding = 0.0 if dtype == torch.float32 else 2.0  # in half precision a batch of one rounds otherwise
-        if same > 0.2 * other + rounding:
-            raise TrainError(
-                f"{path} was written, but a fresh pipeline does not draw the preview with it: it differs by {same:.2f} "
-                f"grey levels, and from the base's picture by {other:.2f}"
-            )
-        self._say(f"checked: the file, loaded into a fresh pipeline, draws the preview (difference {same:.2f} of 255)")
+        settings = self.output / "config.json"
+        return Result(self.is_main, path, preview, plot, settings, self.losses, self.heldout.means(), self.kept_step)
 
     def close(self) -> None:
+        """Ends the progress bar and the trackers."""
         self.bar.close()
         self.accelerator.end_training()
-
-
-class _Evaluating:
-    """While previews are drawn: all models on the device, evaluation mode, the training RNG untouched."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def __enter__(self):
-        pipe, self.random = self.trainer.pipe, torch.get_rng_state()
-        self.trainer.weights.renew()
-        _set_mode(pipe.unet, training=False)
-        for module in (pipe.vae, pipe.text_encoder):
-            module.to(self.trainer.accelerator.device)
-
-    def __exit__(self, *_):
-        _set_mode(self.trainer.pipe.unet, training=True)
-        for module in (self.trainer.pipe.vae, self.trainer.pipe.text_encoder):
-            module.to("cpu")
-        torch.set_rng_state(self.random)
-
-
-def _set_mode(unet, training: bool) -> None:
-    """Of what is trained alone: in training, diffusers' own layers would copy pictures into another order."""
-    for module in unet.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.train(training)
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    precision = config.mixed_precision
-    if precision is None and torch.cuda.is_available() and not launch.is_precision_chosen():
-        precision = "fp16"
-    AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision, log_with=config.report_to, project_dir=config.output,
-            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not see each other
-        )  # fmt: skip
-    except ValueError as error:
-        raise TrainError(f"Accelerate refuses this set-up: {error}") from error
-    if accelerator.device.type == "cpu":
-        if accelerator.mixed_precision == "fp16":
-            raise TrainError("fp16 mixed precision needs a GPU; this run is on the CPU, where bf16 or no will do")
-        heap.keep_freed_memory()
-        if accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            # `accelerate launch` without --cpu sets OMP_NUM_THREADS=1, with GPUs in mind
-            torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return accelerator

@@ -1,0 +1,129 @@
+"""The parts of a run that are made once, before the first step: encoded data, optimizer, previews, settings."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from ..adapters import tuner_file
+from ..bases import properties
+from ..tuners.config import FULL, TunerConfig
+from . import checkpoints, dataset, encoding
+from .config import TrainConfig
+from .dataset import Pair
+from .encoding import Encoded
+from .errors import TrainError
+from .loss import AttentionInFp32
+from .memory import MemorySavingHooks
+from .previews import Previews
+
+
+def read_pairs(config: TrainConfig, resolution: int, log: Callable[[str], None]) -> tuple[list[Pair], list[Pair]]:
+    """The training pairs and the held-out pairs.
+
+    Raises:
+        DataError: with every problem of the data set.
+        TrainError: if `stop_when` is set and there are no held-out pairs.
+    """
+    pairs, heldout = dataset.read_splits(config.data, resolution, log)
+    if config.stop_when and not heldout:
+        raise TrainError(
+            f"--stop_when {config.stop_when} needs held-out pictures, and {config.data} has none; move some pairs, for "
+            "example one of five, into a folder test/ next to train/"
+        )
+    return pairs, heldout
+
+
+def encode_pairs(
+    config: TrainConfig, pipe, pairs: list[Pair], heldout: list[Pair], resolution: int, device, dtype, log
+) -> tuple[Encoded, Encoded | None]:
+    """All pairs, encoded on a device; of the held-out ones without mirror images, or None if there are none.
+
+    The VAE and the text encoder are moved to the CPU afterwards.
+    """
+    long = encoding.truncated_captions(pairs, pipe.tokenizer, config.trigger_words)
+    if long:
+        log(f"{len(long)} captions are longer than the text encoder reads and are cut: {', '.join(long[:5])}")
+    pipe.vae.to(device)
+    pipe.text_encoder.to(device)
+    models = (pipe.vae, pipe.tokenizer, pipe.text_encoder, resolution)
+    encoded = encoding.encode(pairs, *models, config.flip, config.trigger_words).to(device, dtype)
+    encoded_heldout = None
+    if heldout:
+        encoded_heldout = encoding.encode(heldout, *models, False, config.trigger_words).to(device, dtype)
+    pipe.vae.to("cpu")
+    pipe.text_encoder.to("cpu")
+    return encoded, encoded_heldout
+
+
+def attention_precision(config: TrainConfig, unet) -> Callable[[], AbstractContextManager]:
+    """A context for the forward and backward pass: attention in fp32 where a CPU trains in half precision."""
+    is_half_on_cpu = unet.device.type == "cpu" and unet.dtype != torch.float32
+    # a TorchFunctionMode has no effect on the forward pass that gradient checkpointing repeats
+    return AttentionInFp32 if is_half_on_cpu and not config.gradient_checkpointing else nullcontext
+
+
+def saved_tensor_hooks(unet, tuner: TunerConfig) -> AbstractContextManager:
+    """A context for the forward pass in which fewer activations are saved, where that is possible and useful."""
+    # the hooks make a step 1 % slower, and 2 % for a small UNet, which on a CPU has memory enough without them
+    needs_no_hooks = unet.device.type == "cpu" and properties.is_small(unet)
+    return nullcontext() if tuner.kind == FULL or needs_no_hooks else MemorySavingHooks(unet)
+
+
+def default_learning_rate(unet, tuner: TunerConfig) -> float:
+    """The rate of the paper; for a UNet as small as tiny-sd's a higher one, which gave a lower held-out loss."""
+    return (3e-3 if properties.is_small(unet) else 1e-4) * (0.1 if tuner.kind == FULL else 1)
+
+
+def create_optimizer(config: TrainConfig, weights: torch.nn.Parameter, learning_rate: float):
+    """AdamW on the vector of all weights, and its learning rate schedule with warm-up."""
+    optimizer = torch.optim.AdamW([weights], lr=learning_rate, weight_decay=config.weight_decay, fused=True)
+    name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+    schedule = get_scheduler(
+        name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
+    )  # fmt: skip
+    return optimizer, schedule
+
+
+def create_previews(
+    config: TrainConfig, pipe, adapter_name: str, accelerator: Accelerator, pairs: list[Pair], resolution: int
+) -> Previews:
+    """Previews of the prompts in the settings, by default of the captions of the first four pairs."""
+    prompts, true_images = config.preview_prompts, []
+    if not prompts:
+        prompts = [f"{config.trigger_words} {pair.caption}".strip() for pair in pairs[:4]]
+        true_images = [pair.open() for pair in pairs[:4]]
+    guidance = config.guidance_scale
+    if guidance is None:
+        guidance = properties.default_guidance(pipe.unet)
+    return Previews(
+        pipe, adapter_name, accelerator, prompts, true_images,
+        guidance=guidance, steps=config.preview_steps, side=resolution,
+    )  # fmt: skip
+
+
+def collect_settings(config: TrainConfig, resolution: int, learning_rate: float, accelerator: Accelerator) -> dict:
+    """The settings as they are used, with the defaults that depend on the base and on the machine filled in."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("output", "resume")}
+    settings |= {"resolution": resolution, "learning_rate": learning_rate}
+    return settings | {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
+
+
+def prepare_output(output: Path, settings: dict, tuner: TunerConfig, is_new: bool) -> None:
+    """Writes config.json; a new run removes the checkpoints and the tuner of an earlier, finished run."""
+    if is_new:
+        checkpoints.remove_all(output)
+        (output / tuner_file.FILE_NAME).unlink(missing_ok=True)
+    text = {"train": settings, "tuner": asdict(tuner), "versions": tuner_file.library_versions()}
+    tuner_file.write_text(output / "config.json", json.dumps(text, indent=2) + "\n")
+
+
+def start_trackers(accelerator: Accelerator, settings: dict, tuner: TunerConfig) -> None:
+    """Starts the experiment trackers of `report_to`, which accept only plain values as settings."""
+    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
+    accelerator.init_trackers("sdtune", {**plain, **{k: str(v) for k, v in asdict(tuner).items()}})
