@@ -1,7 +1,5 @@
-"""The tuner and LoRA files that the page offers: what their metadata says, and whether they fit the loaded base."""
+"""The adapter files that the page offers: tuners and LoRAs, what their metadata says, and whether they fit the base."""
 
-import base64
-import io
 import re
 import threading
 import time
@@ -15,208 +13,205 @@ from safetensors import SafetensorError, safe_open
 
 from ..adapters import api, tuner_file
 from ..bases import load
-from ..training import images
-from ..tuners.config import BASELINES, KINDS, fields_of
-from .queue import PageError
+from ..tuners.config import fields_of
+from .errors import PageError
+
+RESCAN_SECONDS = 3.0
+LAYER_NAMES = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "feed-forward"}
+_CHECKPOINT = " @ step "  # stands between run and step in the label of a checkpoint
 
 
 @dataclass(frozen=True)
-class Item:
-    """A tuner or LoRA file. `why` says why it does not fit the base, empty if it does."""
+class AdapterFile:
+    """A tuner or LoRA file. `problem` says why it cannot be used with the loaded base; it is empty if it can."""
 
     label: str
     path: Path
     kind: str
-    why: str = ""
+    problem: str = ""
     base: str = ""
     trigger_words: str = ""
     megabytes: float = 0.0
-    made: float = 0.0  # seconds since 1970
+    modified: float = 0.0  # seconds since 1970
     details: str = ""
     preview: Path | None = None
-    run: str = ""  # for a checkpoint: the label of the run it belongs to
+    run: str = ""  # of a checkpoint: the label of the training run that wrote it
 
     @property
     def fits(self) -> bool:
-        return not self.why
+        return not self.problem
 
 
-class FileList:
-    """The tuner and LoRA files in some folders, by label. `version` grows whenever the listing has changed."""
+class AdapterFiles:
+    """The adapter files below some folders, by label. `version` increases whenever the list has changed."""
 
     def __init__(self, folders: Sequence[Path], unet):
-        self.folders, self.version, self.items = list(folders), 1, {}
-        with torch.device("meta"):  # a UNet of this shape that no other thread touches
+        self.folders, self.version = list(folders), 1
+        self.by_label: dict[str, AdapterFile] = {}
+        with torch.device("meta"):  # a UNet of the same shape, without weights, that no other thread changes
             self._unet = UNet2DConditionModel.from_config(unet.config)
-        self._layers = {
+        self._input_widths = {
             name.replace(".", "_"): (module.in_features if isinstance(module, torch.nn.Linear) else module.in_channels)
             for name, module in self._unet.named_modules()
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         }
-        self._known: dict[tuple, Item] = {}
+        self._known: dict[tuple, AdapterFile] = {}  # (label, path, time of change, size) -> what was read
         self._lock = threading.Lock()
         self.scan()
 
     def scan(self) -> int:
-        """Looks for new, changed and vanished files; gives the version."""
+        """Reads new and changed files, drops the removed ones, and returns the version."""
         with self._lock:
             self._scanned = time.monotonic()
-            items, known = {}, {}
+            by_label, known = {}, {}
             for folder in self.folders:
-                for path in sorted(p for p in folder.rglob("*.safetensors") if self._listed(folder, p)):
+                for path in sorted(p for p in folder.rglob("*.safetensors") if _is_listed(folder, p)):
                     try:
                         stat = path.stat()
-                    except OSError:  # it vanished meanwhile
+                    except OSError:  # the file was removed a moment ago
                         continue
-                    label = self._label(folder, path, items)
+                    label = _make_label(folder, path, by_label)
                     key = (label, path, stat.st_mtime_ns, stat.st_size)
-                    known[key] = items[label] = self._known.get(key) or self._item(label, path, stat)
+                    known[key] = by_label[label] = self._known.get(key) or self._read(label, path, stat)
             if known.keys() != self._known.keys():
-                self._known, self.items = known, items
+                self._known, self.by_label = known, by_label
                 self.version += 1
             return self.version
 
-    def scan_sometimes(self) -> int:
-        """As `scan`, but looks again after some seconds only."""
-        if time.monotonic() - self._scanned > 3:
+    def scan_if_old(self) -> int:
+        """As `scan`, but does nothing if the last scan is less than RESCAN_SECONDS ago."""
+        if time.monotonic() - self._scanned > RESCAN_SECONDS:
             self.scan()
         return self.version
 
-    def offered(self, checkpoints: bool = False) -> list[str]:
-        """The labels of what fits the base: finished files, or also the checkpoints of runs."""
-        return [i.label for i in self.items.values() if i.fits and (checkpoints or not i.run or self._last(i))]
+    def labels(self, checkpoints: bool = False) -> list[str]:
+        """The labels of all files that fit the base; intermediate checkpoints only if they are wanted."""
+        fitting = [file for file in self.by_label.values() if file.fits]
+        return [f.label for f in fitting if checkpoints or not f.run or self._is_result_of_stopped_run(f)]
 
-    def runs(self) -> dict[str, list[str]]:
-        """Run -> the labels of its checkpoints that fit the base, in order."""
-        found: dict[str, list[str]] = {}
-        for item in self.items.values():
-            if item.run and item.fits:
-                found.setdefault(item.run, []).append(item.label)
-        return found
+    def checkpoint_labels(self) -> list[str]:
+        """The labels of all checkpoints that fit the base, run by run, in the order of their steps."""
+        by_run: dict[str, list[str]] = {}
+        for file in self.by_label.values():
+            if file.run and file.fits:
+                by_run.setdefault(file.run, []).append(file.label)
+        return [label for labels in by_run.values() for label in labels]
 
-    def find(self, label: str) -> Item:
-        """The file of a label; StudioError if there is none or it does not fit."""
-        item = self.items.get(label) if isinstance(label, str) else None
-        if item is None:
-            raise PageError(f"{str(label)[:80]!r} is not in the library (any more); choose another")
-        if item.why:
-            raise PageError(f"{item.label} does not fit this base: {item.why}")
-        return item
+    def label_of(self, path: Path) -> str | None:
+        """The label of a file that fits the base, or None."""
+        return next((file.label for file in self.by_label.values() if file.path == path and file.fits), None)
 
-    def _last(self, item: Item) -> bool:
-        """Whether a checkpoint stands for its run: the run was stopped, and this is where."""
-        own = [i for i in self.items.values() if i.run == item.run]
-        return item.run not in self.items and item.label == own[-1].label
+    def get(self, label: str) -> AdapterFile:
+        """The file with this label.
 
-    @staticmethod
-    def _listed(folder: Path, path: Path) -> bool:
-        parts = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts) or path.is_relative_to(load.TINY_SD):
-            return False
-        return "checkpoints" not in parts or path.name == tuner_file.FILE_NAME
+        Raises:
+            PageError: if there is none, or it does not fit the base.
+        """
+        file = self.by_label.get(label) if isinstance(label, str) else None
+        if file is None:
+            raise PageError(f"There is no adapter file {str(label)[:80]!r} (any more). Choose another one.")
+        if file.problem:
+            raise PageError(f"{file.label} does not fit this base: {file.problem}")
+        return file
 
-    @staticmethod
-    def _label(folder: Path, path: Path, taken) -> str:
-        parts = path.relative_to(folder).with_suffix("").parts
-        parts = parts[:-1] if path.name == tuner_file.FILE_NAME and len(parts) > 1 else parts
-        if len(parts) > 2 and parts[-2] == "checkpoints":
-            step = parts[-1].removeprefix("step-").lstrip("0")
-            parts = (*parts[:-3], f"{parts[-3]} @ step {step}")
-        label, number = "/".join(parts[-2:])[:120], 2
-        while label in taken:
-            label, number = f"{'/'.join(parts[-2:])[:110]} ({number})", number + 1
-        return label
+    def _is_result_of_stopped_run(self, file: AdapterFile) -> bool:
+        """Whether this is the last checkpoint of a run that has written no finished tuner."""
+        last = [f for f in self.by_label.values() if f.run == file.run][-1]
+        return file.run not in self.by_label and file.label == last.label
 
-    def _item(self, label: str, path: Path, stat) -> Item:
+    def _read(self, label: str, path: Path, stat) -> AdapterFile:
         try:
-            return self._read(label, path, stat)
-        except Exception as error:  # metadata may hold anything
-            return Item(label, path, "not usable", why=f"its metadata is not readable ({type(error).__name__})")
+            return self._read_tuner_or_lora(label, path, stat)
+        except Exception as error:  # metadata can hold anything
+            problem = f"its metadata cannot be read ({type(error).__name__})"
+            return AdapterFile(label, path, "unusable", problem)
 
-    def _read(self, label: str, path: Path, stat) -> Item:
-        facts = {"megabytes": stat.st_size / 1e6, "made": stat.st_mtime, "run": label.partition(" @ step ")[0]}
-        if " @ step " not in label:
-            facts["run"] = ""
-        previews = (path.with_suffix(".png"), path.with_name("preview.png"))
-        facts["preview"] = next((p for p in previews[: 1 + (path.name == tuner_file.FILE_NAME)] if p.is_file()), None)
+    def _read_tuner_or_lora(self, label: str, path: Path, stat) -> AdapterFile:
+        is_result = path.name == tuner_file.FILE_NAME
+        previews = (path.with_suffix(".png"), path.with_name("preview.png"))[: 1 + is_result]
+        facts = {
+            "megabytes": stat.st_size / 1e6,
+            "modified": stat.st_mtime,
+            "run": label.partition(_CHECKPOINT)[0] if _CHECKPOINT in label else "",
+            "preview": next((p for p in previews if p.is_file()), None),
+        }
         try:
             if tuner_file.is_plain_lora(path):
                 return self._read_lora(label, path, facts)
             file = tuner_file.load(path)
         except (ValueError, OSError, SafetensorError) as error:
-            return Item(label, path, "not usable", why=" ".join(str(error).split()), **facts)
-        why = ""
+            return AdapterFile(label, path, "unusable", " ".join(str(error).split()), **facts)
+        problem = ""
         try:
             tuner_file.check_fits(file, api.expected_shapes(self._unet, file.config), path.name)
         except ValueError as error:
-            shape = file.base.get("shape") or {}
-            own = {k: v for k, v in self._unet.config.items() if k in shape}
-            differs = [f"{k} is {v}, here {own[k]}" for k, v in shape.items() if k in own and _lists(own[k]) != v]
-            why = f"made for a base of another shape ({'; '.join(differs)})" if differs else str(error)
-        config, training = file.config, file.training
-        where = f"on {' + '.join(config.ops)}" if matters(config.kind, "ops") else "on every layer"
-        details = f"rank {config.rank}, {where}" if matters(config.kind, "rank") else where
+            problem = self._describe_shape_difference(file.base.get("shape") or {}) or str(error)
+        config, training, fields = file.config, file.training, fields_of(file.config.kind)
+        layers = ", ".join(LAYER_NAMES.get(op, op) for op in config.ops) if "ops" in fields else "every layer"
+        details = f"rank {config.rank}, on {layers}" if "rank" in fields else f"on {layers}"
         if steps := training.get("steps_done"):
-            details += f"; {steps} steps on {training.get('images', '?')} pictures"
-        return Item(
-            label, path, " + ".join(kind_name(k) for k in (config.kind, config.ffn_kind) if k), why,
-            str(file.base.get("name", "")), str(file.trigger_words),
-            details=details, **facts,
+            details += f"; {steps} steps on {training.get('images', '?')} images"
+        return AdapterFile(
+            label, path, " + ".join(kind_name(k) for k in (config.kind, config.ffn_kind) if k), problem,
+            str(file.base.get("name", "")), str(file.trigger_words), details=details, **facts,
         )  # fmt: skip
 
-    def _read_lora(self, label: str, path: Path, facts: dict) -> Item:
-        """A LoRA of another tool: its layers must be layers of this UNet, with inputs as wide."""
+    def _describe_shape_difference(self, shape: dict) -> str:
+        """Where the shape of the base that a file was trained on differs from the loaded base; empty if nowhere."""
+        own = {k: list(v) if isinstance(v, tuple) else v for k, v in self._unet.config.items() if k in shape}
+        differences = [f"{k} is {shape[k]}, here {v}" for k, v in own.items() if v != shape[k]]
+        return f"it was trained on a base of another shape ({'; '.join(differences)})" if differences else ""
+
+    def _read_lora(self, label: str, path: Path, facts: dict) -> AdapterFile:
+        """Reads a LoRA of any tool. It fits if its layers are layers of this UNet with inputs of the same width."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             keys = [k for k in file.keys() if re.search(r"lora(_A|[._]down)\.", k)]  # noqa: SIM118
-            downs = {k: file.get_slice(k).get_shape() for k in keys}
-        found, wrong, rank = 0, "", 0
-        for key, shape in downs.items():
+            shapes = {k: file.get_slice(k).get_shape() for k in keys}
+        known_layers, problem, rank = 0, "", 0
+        for key, shape in shapes.items():
             if key.startswith(("text_encoder", "lora_te")):
                 continue
             layer = re.sub(r"\.?(lora_A(\.\w+)?|lora[._]down)\.weight$", "", key)
             layer = re.sub(r"^(unet\.|lora_unet_)", "", layer).replace(".processor", "").replace(".", "_")
             layer = layer.removesuffix("_lora")
-            width = self._layers.get(layer, self._layers.get(f"{layer}_0"))
+            width = self._input_widths.get(layer, self._input_widths.get(f"{layer}_0"))
             if width is None:
                 continue
-            found, rank = found + 1, shape[0]
+            known_layers, rank = known_layers + 1, shape[0]
             if width != shape[1]:
-                wrong = wrong or f"its {layer} is {shape[1]} wide, this base's is {width}"
-        if not downs or not found:
-            wrong = "none of its layers are in this base's UNet"
+                problem = problem or f"the input of its layer {layer} is {shape[1]} wide, this base's is {width}"
+        if not known_layers:
+            problem = "none of its layers is in this base's UNet"
         base = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture") or ""
-        trigger = metadata.get("modelspec.trigger_phrase", "")
-        return Item(label, path, "LoRA", wrong, base[:200], trigger[:500], details=f"rank {rank}", **facts)
+        trigger_words = metadata.get("modelspec.trigger_phrase", "")
+        return AdapterFile(
+            label, path, "LoRA", problem, base[:200], trigger_words[:500], details=f"rank {rank}", **facts
+        )
+
+
+def _is_listed(folder: Path, path: Path) -> bool:
+    """Whether a file is offered: not if it is hidden, part of the small base, or another file of a checkpoint."""
+    parts = path.relative_to(folder).parts
+    if any(part.startswith(".") for part in parts) or path.is_relative_to(load.TINY_SD):
+        return False
+    return "checkpoints" not in parts or path.name == tuner_file.FILE_NAME
+
+
+def _make_label(folder: Path, path: Path, taken) -> str:
+    """A short unique name for a file, such as "anime", "hub/anime" or "anime @ step 200"."""
+    parts = path.relative_to(folder).with_suffix("").parts
+    parts = parts[:-1] if path.name == tuner_file.FILE_NAME and len(parts) > 1 else parts
+    if len(parts) > 2 and parts[-2] == "checkpoints":
+        step = parts[-1].removeprefix("step-").lstrip("0")
+        parts = (*parts[:-3], f"{parts[-3]}{_CHECKPOINT}{step}")
+    label, number = "/".join(parts[-2:])[:120], 2
+    while label in taken:
+        label, number = f"{'/'.join(parts[-2:])[:110]} ({number})", number + 1
+    return label
 
 
 def kind_name(kind: str) -> str:
-    """ "res_attn" as people write it: Res-Attn."""
-    short = {"lora": "LoRA", "dora": "DoRA", "full": "Full fine-tuning"}
-    return short.get(kind) or "-".join(part.capitalize() for part in str(kind).split("_"))
-
-
-def matters(kind: str, name: str) -> bool:
-    """Whether a field of `TunerConfig` has an effect for tuners of this kind."""
-    return name in fields_of(kind)
-
-
-def _lists(value):
-    return list(value) if isinstance(value, tuple) else value
-
-
-def thumbnail(path: Path | None, side: int) -> str:
-    """A picture as a small JPEG in a data URL, or "" if it is none. Decoded and drawn anew, so nothing hides in it."""
-    try:
-        image = images.open_image(path)
-        image.thumbnail((side, side))
-        out = io.BytesIO()
-        image.save(out, "JPEG", quality=85)
-    except Exception:  # decoders raise many kinds on damaged files
-        return ""
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def kinds() -> list[str]:
-    """The kinds of tuner that can be trained, ours first."""
-    return [*KINDS, *BASELINES]
+    """A kind of tuner as people write it: "res_attn" becomes "Res-Attn"."""
+    special = {"lora": "LoRA", "dora": "DoRA", "full": "Full fine-tuning"}
+    return special.get(kind) or "-".join(part.capitalize() for part in str(kind).split("_"))

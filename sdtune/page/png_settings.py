@@ -1,7 +1,7 @@
-"""The settings of a drawing, and how they travel in the PNG: written into it, and read back from it.
+"""The settings of a drawing, written into its PNG files and read back from them.
 
-Two text chunks: `parameters`, in the words that AUTOMATIC1111's page made common, so that other tools show them,
-and `sdtune`, a JSON object with everything. Reading trusts nothing: values that are not usable are left out.
+A PNG holds them in two text chunks: `parameters`, in the format of AUTOMATIC1111's web UI, which many tools show, and
+`sdtune`, a JSON object with all settings. A PNG can come from anywhere, so unusable values are replaced by defaults.
 """
 
 import json
@@ -14,12 +14,16 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-MOST_CHARACTERS, MOST_COLUMNS = 10_000, 12
+MAX_CHARACTERS, MAX_COLUMNS, MAX_IMAGES, MAX_WEIGHT = 10_000, 12, 64, 5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a drawing depends on besides the base. Each column maps labels of the library to weights; {} is the base."""
+    """The settings of a drawing besides the base. Each column maps labels of adapter files to weights; {} is the base.
+
+    `images` is the number of images per column; image i starts from the noise of `seed` + i. `size` is the side of an
+    image in pixels, None for the size of the base.
+    """
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -32,32 +36,42 @@ class Settings:
     columns: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
     def check(self) -> None:
-        """Raises ValueError, listing everything that is out of range."""
-        wrong = []
-        for name in ("prompt", "negative_prompt"):
-            if len(getattr(self, name)) > MOST_CHARACTERS:
-                what, found = name.replace("_", " "), len(getattr(self, name))
-                wrong.append(f"the {what} has {found:,} characters; at most {MOST_CHARACTERS:,} can be given")
-        for name, low, high in (("seed", 0, 2**32 - 1), ("steps", 1, 150), ("guidance", 0, 30), ("images", 1, 16)):
-            value = getattr(self, name)
+        """Raises a ValueError that lists all settings that are out of range."""
+        problems = []
+        for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
+            if len(text) > MAX_CHARACTERS:
+                problems.append(f"The {name} has {len(text):,} characters; at most {MAX_CHARACTERS:,} are allowed.")
+        for name, value, low, high in (
+            ("seed", self.seed, 0, 2**32 - 1),
+            ("number of steps", self.steps, 1, 150),
+            ("guidance", self.guidance, 0, 30),
+            ("number of images", self.images, 1, 16),
+        ):
             if not isinstance(value, (int, float)) or not low <= value <= high:
-                wrong.append(f"{name} is {value}; it must be from {low} to {high}")
+                problems.append(f"The {name} is {value}; it must be between {low} and {high}.")
         if self.size is not None and (not 64 <= self.size <= 2048 or self.size % 8):
-            wrong.append(f"size is {self.size}; it must be from 64 to 2048 and a multiple of 8")
-        if not 1 <= len(self.columns) <= MOST_COLUMNS:
-            wrong.append(f"there are {len(self.columns)} columns; from 1 to {MOST_COLUMNS} can be drawn")
-        if len(self.columns) * self.images > 64:
-            wrong.append(f"{len(self.columns)} columns of {self.images} pictures are more than 64; take fewer")
-        if any(not math.isfinite(w) or abs(w) > 5 for column in self.columns for w in column.values()):
-            wrong.append("a weight is beyond 5")
-        if wrong:
-            raise ValueError("; ".join(wrong))
+            problems.append(f"The size is {self.size}; it must be between 64 and 2048 and a multiple of 8.")
+        if not 1 <= len(self.columns) <= MAX_COLUMNS:
+            problems.append(f"There are {len(self.columns)} columns; between 1 and {MAX_COLUMNS} can be drawn.")
+        if len(self.columns) * self.images > MAX_IMAGES:
+            problems.append(
+                f"{len(self.columns)} columns of {self.images} images are more than {MAX_IMAGES} images; draw fewer."
+            )
+        if any(not math.isfinite(w) or abs(w) > MAX_WEIGHT for column in self.columns for w in column.values()):
+            problems.append(f"A weight is not between -{MAX_WEIGHT} and {MAX_WEIGHT}.")
+        if problems:
+            raise ValueError(" ".join(problems))
 
 
 def write_png(
     path: Path, picture: Image.Image, settings: Settings, column: int, image: int, base: str, axes: dict | None = None
 ) -> Path:
-    """Saves a picture with its settings; `column` and `image` say which of the drawing's pictures it is."""
+    """Saves an image with its settings and returns the path.
+
+    Args:
+        column, image: the place of this image in the drawing, both from 0.
+        axes: of a grid: the titles along each axis.
+    """
     adapters = settings.columns[column]
     facts = {
         "Steps": settings.steps, "Sampler": settings.sampler, "CFG scale": f"{settings.guidance:g}",
@@ -77,30 +91,30 @@ def write_png(
 
 
 def read_png(path: str | Path) -> Settings:
-    """The settings in a picture, of ours or of AUTOMATIC1111's kind; what is not usable has its default.
+    """Reads the settings from a PNG of this page or of AUTOMATIC1111's web UI; unusable values get their default.
 
     Raises:
-        ValueError: if this is no PNG with settings.
+        ValueError: if this is no PNG, or one without settings.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.load()
-            text = getattr(picture, "text", {})
+        with Image.open(path, formats=["PNG"]) as opened:
+            opened.load()
+            text = getattr(opened, "text", {})
     except Exception as error:  # Pillow raises many kinds on damaged files
-        raise ValueError("this is no whole PNG picture; drop one that was downloaded from this page") from error
+        raise ValueError("This is not a complete PNG file. Drop one that was downloaded from this page.") from error
     try:
         found = json.loads(text["sdtune"])
         found = found if isinstance(found, dict) else {}
     except (KeyError, ValueError, RecursionError):
         found = _read_parameters(text.get("parameters", ""))
     if not found:
-        raise ValueError("this picture holds no settings; editors and messengers often remove them")
-    return _usable(found)
+        raise ValueError("This image has no settings in it. Image editors and messengers often remove them.")
+    return _keep_usable(found)
 
 
 def _read_parameters(text: str) -> dict:
-    """AUTOMATIC1111's text: the prompt, a negative prompt, and a last line of facts."""
-    lines = text[: 4 * MOST_CHARACTERS].strip().split("\n")
+    """Parses AUTOMATIC1111's text: the prompt, a negative prompt, and a last line such as "Steps: 20, Seed: 5"."""
+    lines = text[: 4 * MAX_CHARACTERS].strip().split("\n")
     if not re.match(r"Steps: \d", lines[-1]):
         return {}
     facts = dict(re.findall(r"([\w ]+): ([^,]+)(?:, |$)", lines.pop()))
@@ -118,11 +132,12 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
-def _usable(found: dict) -> Settings:
+def _keep_usable(found: dict) -> Settings:
+    """Settings from a parsed chunk; each value that has the wrong type or is out of range becomes its default."""
     default, values = Settings(), {}
     for name in ("prompt", "negative_prompt", "sampler"):
         if isinstance(found.get(name), str):
-            values[name] = found[name][:MOST_CHARACTERS]
+            values[name] = found[name][:MAX_CHARACTERS]
     for name in ("seed", "steps", "images", "size", "guidance"):
         value = found.get(name)
         if _is_number(value):
@@ -131,10 +146,10 @@ def _usable(found: dict) -> Settings:
     if isinstance(columns, list):
         values["columns"] = [
             {str(n)[:200]: float(w) for n, w in c.items() if _is_number(w)}
-            for c in columns[:MOST_COLUMNS]
+            for c in columns[:MAX_COLUMNS]
             if isinstance(c, dict)
         ] or [{}]
-    for name in list(values):  # each alone, so that one bad value does not take the others along
+    for name in list(values):  # each by itself, so that one bad value does not replace the others
         try:
             Settings(**{name: values[name]}).check()
         except ValueError:
@@ -142,7 +157,7 @@ def _usable(found: dict) -> Settings:
     return Settings(**values)
 
 
-def slug(text: str) -> str:
-    """A text as a file name: ASCII letters, digits and dashes, at most 40."""
+def make_slug(text: str) -> str:
+    """Turns a text into a file name of at most 40 ASCII letters, digits, underscores and dashes; may be empty."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_]+", "-", plain)[:40].strip("-")

@@ -1,37 +1,28 @@
-"""One device shared by many windows of the page: `Device` runs one piece of work at a time, in a thread of its own.
+"""The queue of the page: all windows share one GPU or CPU, so jobs run one at a time, in a thread of their own.
 
-First come, first served, except that a drawing may pass between two steps of a training. Whatever happens in a
-piece of work, the device goes on.
+Jobs run in the order in which they were submitted, with one exception: while a training runs, waiting drawings run
+between two of its steps. An error in a job never ends the queue.
 """
 
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from ..training.errors import DataError, TrainError
+from .errors import JobStopped, PageError, plain_message
 
-MOST_WAITING = 20
-
-
-class PageError(ValueError):
-    """Something that the user of the page can put right; the message says what."""
-
-
-class Halted(Exception):
-    """Raised inside a piece of work that was told to stop."""
+MAX_WAITING = 20
 
 
 @dataclass(eq=False)
 class Job:
-    """A piece of work for the device. `state` goes waiting, running, then one of done, stopped, failed."""
+    """A drawing or a training. Its `state` is waiting, then running, then one of done, stopped, failed."""
 
-    owner: str | None  # the window that asked for it; None once that is closed
+    window: str | None  # the window that submitted it; None after that window was closed
     kind: str  # "drawing" or "training"
-    slot: str  # a window has one drawing per slot; a new one takes the place of the old
+    slot: str  # a window has one job per slot; a new drawing replaces the old one of its slot
     work: Callable[["Job"], object]
     state: str = "waiting"
     done: int = 0
@@ -39,137 +30,127 @@ class Job:
     note: str = ""
     result: object = None
     error: str = ""
-    stopping: bool = False
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)  # of a training
-    run: object = None  # the `studio.Run` of a training
-    unfinished: bool = False  # a training that was stopped after a step, and can go on
+    stop_requested: bool = False
+    seconds: float = 0.0  # how long it ran
+    losses: list[float] = field(default_factory=list)  # of a training, one per step
+    run: object = None  # of a training: its `training_jobs.TrainingRun`
+    resumable: bool = False  # a training that was stopped after a checkpoint
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return self.state in ("done", "stopped", "failed")
 
-    def step(self, done: int, total: int) -> None:
-        """Notes the progress; raises Halted if the job was told to stop."""
+    def report_progress(self, done: int, total: int) -> None:
+        """Stores the progress; raises JobStopped if somebody has stopped the job."""
         self.done, self.total = done, total
-        if self.stopping:
-            raise Halted
+        if self.stop_requested:
+            raise JobStopped
 
 
 class Queue:
-    """First come, first served, one at a time; but a drawing may pass between two steps of a training."""
+    """Runs submitted jobs one at a time, except that drawings also run between the steps of a training."""
 
     def __init__(self):
-        self._wake = threading.Condition()
+        self._changed = threading.Condition()
         self._waiting: list[Job] = []
-        self.running: list[Job] = []  # a training, and the drawing that passes it
+        self._running: list[Job] = []  # at most a training, and a drawing between two of its steps
         self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="device", daemon=True)
+        self._thread = threading.Thread(target=self._run_jobs, name="page queue", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> Job:
-        """Puts a job into the queue; an older drawing of the same window and slot is stopped.
+        """Adds a job; an older drawing of the same window and slot is stopped.
 
         Raises:
-            StudioError: if the queue is full, or this window has a training already.
+            PageError: if the queue is full, or this window already has a training.
         """
-        with self._wake:
+        with self._changed:
             for old in self.jobs():
-                if old.owner == job.owner and old.slot == job.slot:
+                if old.window == job.window and old.slot == job.slot:
                     if job.kind == "training":
-                        raise PageError("a training of this window is under way or waits; stop it first")
+                        raise PageError("This window already has a training that runs or waits. Stop it first.")
                     self._stop(old)
-            if len(self._waiting) >= MOST_WAITING:
-                raise PageError(f"{MOST_WAITING} are waiting for the device already; try again in a moment")
+            if len(self._waiting) >= MAX_WAITING:
+                raise PageError(f"{MAX_WAITING} jobs are waiting already. Try again in a moment.")
             self._waiting.append(job)
-            self._wake.notify_all()
+            self._changed.notify_all()
         return job
 
     def jobs(self) -> list[Job]:
-        """All that run or wait, in this order."""
-        return [*self.running, *self._waiting]
+        """The running jobs, then the waiting ones in their order."""
+        return [*self._running, *self._waiting]
 
-    def ahead(self, job: Job) -> int:
-        """How many jobs come before this one; a drawing does not wait for trainings."""
-        with self._wake:
+    def count_before(self, job: Job) -> int:
+        """The number of jobs that run before this one; a drawing does not wait for trainings."""
+        with self._changed:
             before = self.jobs()[: self.jobs().index(job)] if job in self._waiting else []
         return sum(job.kind == "training" or other.kind == "drawing" for other in before)
 
     def stop(self, job: Job) -> None:
-        """Ends a job at its next step, or takes it out of the queue."""
-        with self._wake:
+        """Ends a running job at its next step, or removes a waiting one."""
+        with self._changed:
             self._stop(job)
 
     def _stop(self, job: Job) -> None:
-        job.stopping = True
+        job.stop_requested = True
         if job in self._waiting:
             self._waiting.remove(job)
             job.state = "stopped"
 
-    def forget(self, owner: str) -> None:
-        """A window was closed: its drawings end, its training goes on and belongs to nobody."""
+    def stop_slot(self, window: str, slot: str) -> None:
+        """Stops the jobs of one window and slot."""
         for job in self.jobs():
-            if job.owner == owner:
-                job.owner = None
+            if job.window == window and job.slot == slot:
+                self.stop(job)
+
+    def close_window(self, window: str) -> None:
+        """Stops the drawings of a closed window; its training continues without a window."""
+        for job in self.jobs():
+            if job.window == window:
+                job.window = None
                 if job.kind == "drawing":
                     self.stop(job)
 
-    def let_pass(self) -> None:
-        """Runs the first drawing that waits, if there is one. A training calls this between its steps."""
-        with self._wake:
+    def run_waiting_drawing(self) -> None:
+        """Runs the first waiting drawing, if there is one. A training calls this between its steps."""
+        with self._changed:
             job = next((j for j in self._waiting if j.kind == "drawing"), None)
             if job:
                 self._waiting.remove(job)
-                self.running.append(job)
+                self._running.append(job)
         if job:
-            with torch.random.fork_rng():  # the training's random numbers go on as if nothing had happened
+            with torch.random.fork_rng():  # a drawing must not change the random numbers of the training
                 self._run(job)
 
     def close(self, timeout: float = 60.0) -> None:
-        """Stops everything; a training writes its checkpoint first."""
-        with self._wake:
+        """Stops all jobs and waits for the running one; a training writes its checkpoint first."""
+        with self._changed:
             self._closed = True
             for job in self.jobs():
                 self._stop(job)
-            self._wake.notify_all()
+            self._changed.notify_all()
         self._thread.join(timeout)
 
-    def _serve(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._closed)
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
                 job = self._waiting.pop(0)
-                self.running.append(job)
+                self._running.append(job)
             self._run(job)
 
     def _run(self, job: Job) -> None:
-        """Runs a job that is in `running`; whatever happens in it, the device goes on."""
-        started, end = time.monotonic(), "done"
+        """Runs a job that is already listed as running, and stores its result or its error."""
+        started, state = time.monotonic(), "done"
         job.state = "running"
         try:
             job.result = job.work(job)
-        except Halted:
-            end = "stopped"
-        except BaseException as error:  # also what is no Exception must not end the device's thread
-            job.error, end = plain_message(error), "failed"
-        with self._wake:
-            self.running.remove(job)
-            job.seconds, job.state = time.monotonic() - started, end
-
-
-def plain_message(error: BaseException) -> str:
-    """An error as a sentence for the page; what nobody foresaw goes to the terminal in full."""
-    if isinstance(error, DataError):
-        return "the data cannot be used: " + "; ".join(error.problems)
-    if isinstance(error, (ValueError, *_trainer_errors())):
-        return " ".join(str(error).split())
-    traceback.print_exception(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return "the device's memory is full; try a smaller size, fewer pictures or a smaller batch"
-    return f"something went wrong ({type(error).__name__}: {' '.join(str(error).split())[:300]}); the terminal has more"
-
-
-def _trainer_errors() -> tuple:
-    return (TrainError,)
+        except JobStopped:
+            state = "stopped"
+        except BaseException as error:  # also an error that is no Exception must not end the thread of the queue
+            job.error, state = plain_message(error), "failed"
+        with self._changed:
+            self._running.remove(job)
+            job.seconds, job.state = time.monotonic() - started, state

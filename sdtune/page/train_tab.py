@@ -1,228 +1,207 @@
-"""The Train tab of `app.py`: pictures and captions in, the run's curve and previews, the result to use."""
+"""The Train tab: images and captions to train on, the form, and the progress, loss curve and previews of a training."""
 
 import json
 
 import gradio as gr
 
 from ..training.config import TrainConfig
-from ..tuners.config import TunerConfig
-from . import style
-from .files import kind_name, kinds, matters, thumbnail
-from .queue import PageError, plain_message
-from .studio import Run, command
+from ..tuners.config import BASELINES, KINDS
+from . import html_parts
+from .controls import QUIET, Window
+from .datasets import UploadedImages
+from .errors import PageError, plain_message
+from .files import kind_name
+from .style import LIGHTBOX
+from .train_form import build_more_fields
+from .training_jobs import TrainingRun
 
-QUIET = dict(show_progress="hidden", api_visibility="private")
-# The captions as they stand in the table, in place of what the server knows: the table is laid out anew for each drop,
-# and a listener of its own boxes would be gone if a click came in that instant.
-CAPTIONS = """(drop, captions, ...fields) =>
-    [drop, JSON.stringify([...document.querySelectorAll("#pairs textarea")].map(box => box.value)), ...fields]"""
+# Sends the captions as they stand in the browser instead of what the server knows: the caption boxes are built again
+# after each upload, and an event of the old boxes would be lost if a click came at that moment.
+READ_CAPTIONS = """(uploaded, captions, ...fields) =>
+    [uploaded, JSON.stringify([...document.querySelectorAll("#captions textarea")].map(box => box.value)), ...fields]"""
 
 
-def train_tab(page) -> tuple:
-    """Lays out the tab and connects it. `page` is the `Page` of app.py.
+def build_train_tab(window: Window) -> tuple:
+    """Lays out the tab and connects it.
 
     Returns:
-        What the page calls every second with (shown, request), the state `shown`, and the outputs of that.
+        A function (shown, request) -> outputs that shows the training of a window and is called every second, the
+        state `shown` that it takes, and the components of its outputs.
     """
-    studio, default = page.studio, TrainConfig()
-    drop, shown = gr.State(None), gr.State([])  # the dropped files; what this window shows of the training
+    backend, default = window.backend, TrainConfig()
+    uploaded = gr.State(None)
     with gr.Row():
         with gr.Column(scale=6, min_width=320):
             source = gr.Radio(
-                [("my own", "own"), ("the 30 bundled anime pairs", "bundled")], value="own", label="Pictures",
-                info="What to learn from; 5 to 50 pictures of one style or thing.", elem_id="source",
+                [("My own images", "own"), ("The 30 bundled anime images", "bundled")], value="own",
+                label="Training images", info="5 to 50 images of one style or one subject.", elem_id="source",
             )  # fmt: skip
-            files = gr.File(
-                label="Drop pictures here, and captions: .txt beside each, or metadata.jsonl / .csv",
-                file_count="multiple", height=150, elem_id="pictures",
-            )  # fmt: skip
+            files = gr.File(label="Drop images and their captions (.txt, metadata.jsonl or metadata.csv)",
+                            file_count="multiple", height=150, elem_id="train-files")  # fmt: skip
             problems = gr.HTML(elem_id="problems")
-            pairs, captions = gr.Column(elem_id="pairs"), gr.Textbox(visible=False)
+            caption_column, captions = gr.Column(elem_id="captions"), gr.Textbox(visible=False)
             with gr.Row():
-                name = gr.Textbox("my-style", label="Name", info="Of the tuner, in the library.", elem_id="run-name")
-                kind = gr.Dropdown([(kind_name(k), k) for k in kinds()], value="res_attn", label="Tuner",
-                                   info="What is trained beside the frozen base.")  # fmt: skip
-                steps = gr.Number(default.steps, label="Steps", precision=0, minimum=1, elem_id="train-steps",
-                                  info="More learn more, and at last by heart.")  # fmt: skip
+                name = gr.Textbox("my-style", label="Name", info="The tuner's name in Files.", min_width=200,
+                                  elem_id="run-name")  # fmt: skip
+                kind = gr.Dropdown([(kind_name(k), k) for k in (*KINDS, *BASELINES)], value="res_attn", label="Kind",
+                                   info="What is trained.", min_width=200)  # fmt: skip
+                steps = gr.Number(default.steps, label="Steps", precision=0, minimum=1, min_width=200,
+                                  info="Too many steps overfit.", elem_id="train-steps")  # fmt: skip
             with gr.Accordion("More settings", open=False):
-                form = _more(studio.base, default, kind)
+                more = build_more_fields(backend.base, kind)
             with gr.Row():
-                start = gr.Button("Train", variant="primary", elem_id="train")
-                stop = gr.Button("Stop and keep it", interactive=False, elem_id="stop-train")
-            with gr.Accordion("The same from a shell", open=False):
-                line = gr.Textbox(label="Command", lines=3, buttons=["copy"], interactive=False, elem_id="line",
-                                  info="Run it in the folder of train_anime.py, now or later.")  # fmt: skip
-                save = gr.Button("Put my pictures where this command finds them", size="sm", elem_id="save-data")
+                train = gr.Button("Train", variant="primary", elem_id="train")
+                stop = gr.Button("Stop", interactive=False, elem_id="stop-train")
+            with gr.Accordion("Train in a shell instead", open=False):
+                command = gr.Textbox(label="Command", info="Run it in the folder of train_anime.py.", lines=3,
+                                     buttons=["copy"], interactive=False, elem_id="train-command")  # fmt: skip
+                save = gr.Button("Save my images where this command reads them", size="sm", elem_id="save-data")
         with gr.Column(scale=5, min_width=300):
-            status = gr.HTML(style.empty("Drop pictures, look at their captions, and train."), elem_id="train-status")
-            chart = gr.HTML(elem_id="curve")
-            preview = gr.HTML(js_on_load=style.LIGHTBOX, elem_id="preview")
+            status = gr.HTML(html_parts.empty_result("The progress, the loss and previews appear here."),
+                             elem_id="train-status")  # fmt: skip
+            curve = gr.HTML(elem_id="loss-curve")
+            preview = gr.HTML(js_on_load=LIGHTBOX, elem_id="preview")
             with gr.Row():
-                use = gr.Button("Draw with it", variant="primary", visible=False, elem_id="use")
-                go_on = gr.Button("Go on training", visible=False, elem_id="go-on")
-    fields = [source, name, kind, steps, *form.values()]
+                draw = gr.Button("Draw with it", variant="primary", visible=False, elem_id="draw-with-it")
+                resume = gr.Button("Resume training", visible=False, elem_id="resume")
+    fields = [source, name, kind, steps, *more.values()]
 
-    def plan(drop, captions, values) -> Run:
-        """The training that the form asks for."""
-        source, name, kind, steps, *more = values
-        return studio.plan(drop, captions, source, name or "", kind, steps, dict(zip(form, more)))
+    def plan(uploaded, captions, values) -> TrainingRun:
+        source, name, kind, steps, *rest = values
+        return backend.trainings.plan(uploaded, captions, source, name or "", kind, steps, dict(zip(more, rest)))
 
-    def checked(drop, captions, resolution=None) -> tuple[list[str], list[str]]:
-        """Problems and notes, as `Studio.check` gives them."""
-        if drop is None or not drop.pairs:
-            return [*(drop.problems if drop else []), "no pictures yet; drop some above"], []
-        return studio.check(drop, captions, resolution)
-
-    def tell(drop, wrong, notes) -> str:
-        if not wrong:
-            return style.said(f"{len(drop.pairs)} pictures, each with a caption: ready.", points=notes)
-        count = "1 thing" if len(wrong) == 1 else f"{len(wrong)} things"
-        return style.said(f"{count} to put right before training:", bad=True, points=wrong)
+    def check(uploaded, captions, resolution=None) -> tuple[list[str], list[str]]:
+        if uploaded is None or not uploaded.pairs:
+            return [*(uploaded.problems if uploaded else []), "there are no images yet; drop some above"], []
+        return backend.datasets.check(uploaded, captions, resolution)
 
     def on_files(files):
         if not files:
             return None, ""
         try:
-            drop = studio.take(files)
+            uploaded = backend.datasets.receive(files)
         except ValueError as error:
-            return None, style.said(plain_message(error), bad=True)
-        return drop, tell(drop, *checked(drop, [caption for _, caption in drop.pairs]))
+            return None, html_parts.message(plain_message(error), error=True)
+        return uploaded, _check_message(uploaded, *check(uploaded, [caption for _, caption in uploaded.pairs]))
 
-    def ready(start: bool):
-        """What a click on Train does, or on the button that only keeps the pictures."""
+    def make_handler(start: bool):
+        """The handler of Train, or with start=False of the button that only saves the images."""
 
-        def on_click(request: gr.Request, drop, captions, *values):
+        def on_click(request: gr.Request, uploaded, captions, *values):
+            own, text = values[0] == "own", ""
             try:
-                captions, told = json.loads(captions), ""
-                if values[0] == "own" and drop is not None and len(captions) != len(drop.pairs):
-                    raise PageError("the table of captions was still being laid out; look at it, and click again")
-                run = plan(drop, captions, values)
-                if values[0] == "own":
-                    wrong, notes = checked(drop, captions, run.config.resolution)
-                    if wrong:
-                        return tell(drop, wrong, notes), gr.skip(), gr.skip()
-                    studio.keep(drop, captions, run)
-                    told = tell(drop, [], notes) if start else style.said(f"The pictures are in {run.config.data}.")
+                captions = json.loads(captions)
+                if own and uploaded is not None and len(captions) != len(uploaded.pairs):
+                    raise PageError("The captions were still loading. Look at them and click again.")
+                run = plan(uploaded, captions, values)
+                if own:
+                    problems, notes = check(uploaded, captions, run.config.resolution)
+                    if problems:
+                        return _check_message(uploaded, problems, notes), gr.skip(), gr.skip()
+                    backend.datasets.keep(uploaded, captions, run.config.data)
+                    saved = html_parts.message(f"The images are saved in {run.config.data}.")
+                    text = _check_message(uploaded, [], notes) if start else saved
                 if start:
-                    studio.train(request.session_hash, run)
+                    backend.trainings.start(request.session_hash, run)
             except (ValueError, OSError) as error:
-                return style.said(plain_message(error), bad=True), gr.skip(), gr.skip()
-            return told, command(run), gr.Button(interactive=False) if start else gr.skip()
+                return html_parts.message(plain_message(error), error=True), gr.skip(), gr.skip()
+            return text, run.shell_command(), gr.Button(interactive=False) if start else gr.skip()
 
         return on_click
 
-    def on_change(drop, *values):
+    def on_change(uploaded, *values):
+        captions = [caption for _, caption in uploaded.pairs] if uploaded else []
         try:
-            captions = [caption for _, caption in drop.pairs] if drop else []
-            return command(plan(drop, captions, values))
+            return plan(uploaded, captions, values).shell_command()
         except (ValueError, OSError) as error:
             return plain_message(error)
 
-    changes = [drop.change, *(field.change for field in fields)]
-    gr.on(changes, on_change, [drop, *fields], line, trigger_mode="always_last", **QUIET)
+    def on_source(source):
+        return gr.update(visible=source == "own"), gr.update(visible=source == "own"), ""
 
-    with pairs:
+    with caption_column:
+        triggers = [window.blocks.load, uploaded.change, source.change]
 
-        @gr.render([drop, source], triggers=[page.blocks.load, drop.change, source.change], show_progress="hidden")
-        def table(found, source):
+        @gr.render([uploaded, source], triggers=triggers, show_progress="hidden")
+        def caption_boxes(uploaded_now, source):
             boxes = []
-            if source == "own" and found is not None and found.pairs:
-                with gr.Column(elem_classes="pairs"):
-                    for file, caption in found.pairs:
+            if source == "own" and uploaded_now is not None and uploaded_now.pairs:
+                with gr.Column(elem_classes="caption-list"):
+                    for file, caption in uploaded_now.pairs:
                         with gr.Row(equal_height=True):
-                            gr.HTML(style.thumb(thumbnail(found.folder / file, 144), file), elem_classes="thumb")
+                            gr.HTML(html_parts.caption_thumbnail(uploaded_now.folder / file),
+                                    elem_classes="caption-thumbnail")  # fmt: skip
                             boxes.append(gr.Textbox(caption, label=f"Caption of {file[:80]}", lines=2, scale=1,
-                                                    placeholder="what this picture shows"))  # fmt: skip
+                                                    placeholder="what this image shows"))  # fmt: skip
             for box in boxes:
-                box.blur(lambda d, *captions: tell(d, *checked(d, captions)), [drop, *boxes], problems, **QUIET)
+                box.blur(lambda u, *captions: _check_message(u, *check(u, captions)), [uploaded, *boxes], problems,
+                         **QUIET)  # fmt: skip
 
-    everything = [drop, captions, *fields]
-    start.click(ready(True), everything, [problems, line, start], js=CAPTIONS, **QUIET)
-    save.click(ready(False), everything, [problems, line, start], js=CAPTIONS, **QUIET)
-    files.change(on_files, files, [drop, problems], **QUIET)
-    source.change(lambda s: (gr.update(visible=s == "own"), gr.update(visible=s == "own"), ""), source,
-                  [files, save, problems], **QUIET)  # fmt: skip
+    clicked = [uploaded, captions, *fields]
+    train.click(make_handler(start=True), clicked, [problems, command, train], js=READ_CAPTIONS, **QUIET)
+    save.click(make_handler(start=False), clicked, [problems, command, train], js=READ_CAPTIONS, **QUIET)
+    files.change(on_files, files, [uploaded, problems], **QUIET)
+    source.change(on_source, source, [files, save, problems], **QUIET)
+    gr.on([uploaded.change, *(field.change for field in fields)], on_change, [uploaded, *fields], command,
+          trigger_mode="always_last", **QUIET)  # fmt: skip
+    return _connect_progress(window, problems, [status, curve, preview, train, stop, draw, resume])
 
-    def on_stop(request: gr.Request):
-        job = studio.training_of(request.session_hash)
-        if job:
-            studio.device.stop(job)
 
-    stop.click(on_stop, queue=False, **QUIET)
+def _check_message(uploaded: UploadedImages | None, problems: list[str], notes: list[str]) -> str:
+    """The result of a check as HTML."""
+    if not problems:
+        return html_parts.message(f"{len(uploaded.pairs)} images with captions are ready to train on.", points=notes)
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return html_parts.message(f"{count} to solve before training:", error=True, points=problems)
 
-    def on_tick(shown, request: gr.Request):
-        job = studio.training_of(request.session_hash)
+
+def _connect_progress(window: Window, problems: gr.HTML, outputs: list) -> tuple:
+    """Connects the right half of the tab, which shows a training; returns what `build_train_tab` returns."""
+    trainings, queue, files, output = (getattr(window.backend, n) for n in ("trainings", "queue", "files", "output"))
+    _status, _curve, _preview, _train, stop, draw, resume = outputs
+    shown = gr.State([])  # what this window shows: the job, its state, step, jobs before it, number of previews
+    unchanged = [gr.skip()] * 8
+
+    def show_training(shown, request: gr.Request):
+        job = trainings.shown_in(request.session_hash)
         if job is None:
-            return [gr.skip()] * 8
-        pictures = job.run.previews() if job.run else []
-        new = [id(job), job.state, job.done, studio.device.ahead(job), len(pictures)]
-        if new == shown:
-            return [gr.skip()] * 8
-        old_picture = shown[:1] == new[:1] and shown[4:] == new[4:]
-        view = gr.skip() if old_picture else style.sheet([("preview", [studio.show(pictures[-1])])]) if pictures else ""
+            return unchanged
+        previews, before = job.run.previews(), queue.count_before(job)
+        now = [id(job), job.state, job.done, before, len(previews)]
+        if now == shown:
+            return unchanged
+        preview = gr.skip()
+        if shown[:1] != now[:1] or shown[4:] != now[4:]:
+            preview = html_parts.image_columns([("preview", [output.publish(previews[-1])])]) if previews else ""
+        has_file = job.finished and job.result is not None and files.label_of(job.result) is not None
         return [
-            new, style.training(job, job.run.name, studio.device.ahead(job)), style.curve(job.losses, job.total), view,
-            gr.Button(interactive=job.over), gr.Button(interactive=not job.over),
-            gr.Button(visible=job.over and job.result is not None and studio.label_of(job) is not None),
-            gr.Button(visible=job.over and job.unfinished),
+            now, html_parts.training_status(job, job.run.name, before), html_parts.loss_curve(job.losses, job.total),
+            preview, gr.Button(interactive=job.finished), gr.Button(interactive=not job.finished),
+            gr.Button(visible=has_file), gr.Button(visible=job.finished and job.resumable),
         ]  # fmt: skip
 
-    def on_use(layout, request: gr.Request):
-        job = studio.training_of(request.session_hash)
-        label = studio.label_of(job) if job else None
+    def on_stop(request: gr.Request):
+        job = trainings.shown_in(request.session_hash)
+        if job:
+            queue.stop(job)
+
+    def on_draw(cards_version, request: gr.Request):
+        job = trainings.shown_in(request.session_hash)
+        label = files.label_of(job.result) if job and job.result else None
         if label is None:
             return [gr.skip()] * 4
-        return [[{}, {label: 1.0}], layout + 1, gr.Tabs(selected="generate"), studio.first_prompt(job) or gr.skip()]
+        prompt = trainings.first_prompt(job) or gr.skip()
+        return [[{}, {label: 1.0}], cards_version + 1, gr.Tabs(selected="draw"), prompt]
 
-    def on_go_on(request: gr.Request):
+    def on_resume(request: gr.Request):
         try:
-            studio.go_on(request.session_hash)
+            trainings.resume(request.session_hash)
         except PageError as error:
-            return style.said(str(error), bad=True), gr.skip()
+            return html_parts.message(str(error), error=True), gr.skip()
         return "", gr.Button(visible=False)
 
-    go_on.click(on_go_on, None, [problems, go_on], **QUIET)
-    use.click(on_use, page.layout, [page.columns, page.layout, page.tabs, page.prompt], **QUIET)
-    return on_tick, shown, [shown, status, chart, preview, start, stop, use, go_on]
-
-
-def _more(base: str, default: TrainConfig, kind) -> dict:
-    """The folded fields of the training form, by the name that they have in the configurations."""
-    tuner, form = TunerConfig(), {}
-    with gr.Row():
-        form["base"] = gr.Dropdown(
-            list(dict.fromkeys([base, "tiny-sd"])), value=base, allow_custom_value=True, label="Base",
-            info="The frozen model: one of these, or a hub id (owner/name).",
-        )  # fmt: skip
-        form["trigger_words"] = gr.Textbox(
-            label="Trigger words", info="Put before every caption; type them to call the style."
-        )
-    with gr.Row():
-        form["rank"] = gr.Number(tuner.rank, label="Rank", precision=0, minimum=1, info="Width of the tuner.")
-        form["num_heads"] = gr.Number(tuner.num_heads, label="Heads", precision=0, minimum=1, info="Of its attention.")
-        form["length"] = gr.Number(tuner.length, label="Length", precision=0, minimum=1, visible=False,
-                                   info="Tokens of a prefix or prompt; width of an adapter.")  # fmt: skip
-        form["ops"] = gr.CheckboxGroup(
-            [("self-attention", "attn1"), ("cross-attention", "attn2"), ("feed-forward", "ff")], value=tuner.ops,
-            label="Where", info="The operations that get a tuner beside them.",
-        )  # fmt: skip
-    with gr.Row():
-        form["learning_rate"] = gr.Number(0, label="Learning rate", info="0: what suits the base.", minimum=0)
-        form["batch_size"] = gr.Number(
-            default.batch_size, label="Batch", precision=0, minimum=1, info="Pictures per step."
-        )
-        form["resolution"] = gr.Number(None, label="Resolution", precision=0, info="Side in pixels; 0: the base's own.")
-        form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="The same seed trains the same.")
-    form["flip"] = gr.Checkbox(False, label="Mirror the pictures, too", info="Not if left and right matter.")
-    with gr.Row():
-        form["preview_every"] = gr.Number(
-            100, label="Preview every", precision=0, minimum=0, info="Steps; 0 only at the end."
-        )
-        form["checkpoint_every"] = gr.Number(default.checkpoint_every, label="Checkpoint every", precision=0, minimum=1,
-                                             info="Steps; Compare can set them side by side.")  # fmt: skip
-    form["preview_prompts"] = gr.Textbox(
-        label="Preview prompts", lines=2, info="One on each line; empty: the first captions."
-    )
-    some = ("rank", "num_heads", "length", "ops")  # without effect for some kinds
-    kind.change(lambda k: [gr.update(visible=matters(k, n)) for n in some], kind, [form[n] for n in some], **QUIET)
-    return form
+    stop.click(on_stop, queue=False, **QUIET)
+    resume.click(on_resume, None, [problems, resume], **QUIET)
+    draw.click(on_draw, window.cards_version, [window.columns, window.cards_version, window.tabs, window.prompt],
+               **QUIET)  # fmt: skip
+    return show_training, shown, [shown, *outputs]

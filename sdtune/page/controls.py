@@ -1,0 +1,72 @@
+"""What several tabs share: the state of a window, sliders, and how a running job is shown and stopped."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import gradio as gr
+
+from . import html_parts
+from .backend import Backend
+from .queue import Job
+
+# Options of all event handlers: no spinner over the outputs, and no entry in Gradio's public API.
+QUIET = dict(show_progress="hidden", api_visibility="private")
+EXAMPLE_PROMPTS = [
+    "a girl with long blue hair, under a night sky with a full moon, in anime style",
+    "a boy with spiky black hair, smiling, in the city at sunset, in anime style",
+    "a girl with pink twin tails and cat ears, laughing, in anime style",
+]
+
+
+@dataclass
+class Window:
+    """The components and states that more than one tab of a window uses. Made inside `gr.Blocks`."""
+
+    backend: Backend
+    blocks: gr.Blocks
+    columns: gr.State = field(default_factory=lambda: gr.State([{}]))  # the columns to draw: label -> weight, for each
+    cards_version: gr.State = field(default_factory=lambda: gr.State(0))  # increases when the cards must be rebuilt
+    files_version: gr.State = field(default_factory=lambda: gr.State(0))  # of the adapter files that the window shows
+    tabs: gr.Tabs | None = None
+    prompt: gr.Textbox | None = None  # of the Draw tab
+
+
+def to_int(value, default: int = 0) -> int:
+    """The value of a number field as an int; an empty field gives the default."""
+    return default if value is None else int(value)
+
+
+def steps_slider(elem_id: str, largest: int = 100, value: int = 25, info: str = "More steps draw finer.") -> gr.Slider:
+    return gr.Slider(1, largest, value, step=1, label="Steps", info=info, min_width=200, elem_id=elem_id)
+
+
+def guidance_slider(backend: Backend, scale: int = 1) -> gr.Slider:
+    info = "How strictly the prompt is followed."
+    return gr.Slider(1, 15, backend.guidance, step=0.5, label="Guidance", info=info, min_width=200, scale=scale)
+
+
+def size_slider(backend: Backend) -> gr.Slider:
+    side = backend.side
+    info = f"Side in pixels. The base was trained at {side}."
+    return gr.Slider(max(64, side // 2), 2 * side, side, step=32, label="Size", info=info, min_width=200)
+
+
+async def follow_job(backend: Backend, job: Job) -> AsyncIterator[str]:
+    """Yields the status of a drawing as HTML whenever it changes, until the job has finished."""
+    shown = None
+    while not job.finished:
+        status = html_parts.drawing_status(job, backend.queue.count_before(job))
+        if status != shown:
+            shown = status
+            yield status
+        await asyncio.sleep(0.1)
+
+
+def connect_stop(backend: Backend, button: gr.Button, slot: str) -> None:
+    """Makes a button stop the drawing of this window in a slot, at its next step."""
+
+    def on_stop(request: gr.Request):
+        backend.queue.stop_slot(request.session_hash, slot)
+
+    button.click(on_stop, queue=False, **QUIET)

@@ -1,0 +1,130 @@
+"""The training images that a window uploads: saved, paired with captions, checked, and kept for a training."""
+
+import copy
+import json
+import secrets
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..training import dataset, encoding
+from ..training.errors import DataError
+from .errors import PageError
+from .output_folder import OutputFolder, numbered
+from .png_settings import make_slug
+
+MAX_FILES = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class UploadedImages:
+    """Uploaded images as pairs of file name and caption ("" if none was uploaded for it).
+
+    `problems` keeps them from being trained on, apart from missing captions, which can be typed in the page. `notes`
+    are what is good to know.
+    """
+
+    folder: Path
+    pairs: list[tuple[str, str]]
+    problems: list[str]
+    notes: list[str]
+
+    def metadata(self, captions: Sequence[str]) -> str:
+        """The content of metadata.jsonl: a line for each image whose caption in the page is not empty."""
+        lines = [
+            json.dumps({"file_name": name, "text": caption.strip()}, ensure_ascii=False) + "\n"
+            for (name, _), caption in zip(self.pairs, captions)
+            if caption and caption.strip()
+        ]
+        return "".join(lines)
+
+    def write(self, folder: Path, captions: Sequence[str]) -> None:
+        """Writes the images and captions as a data set into a new folder."""
+        folder.mkdir(parents=True)
+        for name, _ in self.pairs:
+            shutil.copyfile(self.folder / name, folder / name)
+        (folder / "metadata.jsonl").write_text(self.metadata(captions), encoding="utf-8")
+
+
+class Datasets:
+    """Saves, checks and keeps uploaded images. `side` is the side of the base's images in pixels."""
+
+    def __init__(self, output: OutputFolder, tokenizer, side: int):
+        self.output, self.side = output, side
+        self._tokenizer, self._tokenizer_lock = copy.deepcopy(tokenizer), threading.Lock()  # it is not thread-safe
+
+    def receive(self, files: Sequence[str | Path]) -> UploadedImages:
+        """Copies uploaded images and caption files into a folder of their own, and pairs them.
+
+        Raises:
+            PageError: if there are more than MAX_FILES.
+        """
+        if len(files) > MAX_FILES:
+            raise PageError(
+                f"{len(files)} files were dropped; at most {MAX_FILES} are allowed here. "
+                "For more, run train_anime.py with --data in a shell."
+            )
+        folder = self.output.new_dataset_path()
+        folder.mkdir(parents=True)
+        problems, caption_problems, notes = [], [], []
+        for file in map(Path, files):
+            name = file.name.lstrip(".") or "unnamed"
+            if (folder / name).exists():
+                problems.append(f"{name}: two files with this name were dropped; rename one of them")
+            else:
+                shutil.copyfile(file, folder / name)
+        images = dataset.match_captions(folder, dataset.list_files(folder, problems), caption_problems, notes)
+        without_caption = {image.name for image in images if not image.caption}  # it can be typed in the page
+        problems += [line for line in caption_problems if line.partition(": ")[0] not in without_caption]
+        return UploadedImages(folder, [(image.name, image.caption or "") for image in images], problems, notes)
+
+    def check(
+        self, uploaded: UploadedImages, captions: Sequence[str], resolution: int | None = None
+    ) -> tuple[list[str], list[str]]:
+        """Checks images and captions as a training would.
+
+        Returns:
+            The problems that prevent a training, and the notes; each a list of lines that name a file.
+        """
+        folder = self.output.new_dataset_path()
+        missing = [name for (name, _), caption in zip(uploaded.pairs, captions) if not (caption or "").strip()]
+        problems = [*uploaded.problems, *(f"{name}: has no caption yet; type one next to it" for name in missing)]
+        notes = list(uploaded.notes)
+        try:
+            # the images without a caption are checked too, with a placeholder
+            uploaded.write(folder, [c if (c or "").strip() else "no caption" for c in captions])
+            pairs = dataset.read_pairs(folder, resolution or self.side, log=notes.append)
+            with self._tokenizer_lock:
+                too_long = encoding.truncated_captions(pairs, self._tokenizer)
+            if too_long:
+                notes.append(f"the text encoder does not read the end of long captions: {', '.join(too_long[:5])}")
+        except DataError as error:
+            problems += error.problems
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return problems, list(dict.fromkeys(notes))
+
+    def folder_for(self, uploaded: UploadedImages | None, captions: Sequence[str], name: str) -> Path:
+        """The folder in which these images and captions are kept, now or later; the same for the same content."""
+        data = self.output.path / "data"
+        if uploaded is None:
+            return data / "…"
+        stem = f"{make_slug(name) or 'images'}-{uploaded.folder.name[:6]}"
+        for folder in (data / n for n in numbered(stem)):
+            if not folder.exists() or _read(folder / "metadata.jsonl") == uploaded.metadata(captions):
+                return folder
+        raise PageError(f"There are already 999 data sets named {stem}. Choose another name.")
+
+    def keep(self, uploaded: UploadedImages, captions: Sequence[str], folder: str | Path) -> None:
+        """Writes checked images and captions into the folder that a training reads."""
+        folder = Path(folder)
+        if not folder.exists():
+            part = folder.with_name(f".{secrets.token_hex(8)}.part")
+            uploaded.write(part, captions)
+            part.rename(folder)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

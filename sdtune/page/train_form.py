@@ -1,0 +1,55 @@
+"""The folded fields of the training form."""
+
+import gradio as gr
+
+from ..training.config import TrainConfig
+from ..tuners.config import TunerConfig, fields_of
+from .controls import QUIET
+from .files import LAYER_NAMES
+
+
+def build_more_fields(base: str, kind: gr.Dropdown) -> dict[str, gr.components.Component]:
+    """Lays out the fields, by their names in `TrainConfig` and `TunerConfig`; those without effect are hidden.
+
+    Args:
+        base: the loaded base.
+        kind: the field with the kind of tuner, on which it depends which fields have an effect.
+    """
+    default, tuner, form = TrainConfig(), TunerConfig(), {}
+    with gr.Row():
+        form["base"] = gr.Dropdown(
+            list(dict.fromkeys([base, "tiny-sd"])), value=base, allow_custom_value=True, label="Base", min_width=200,
+            info="One of these, or a hub id such as owner/name.",
+        )  # fmt: skip
+        form["trigger_words"] = gr.Textbox(
+            label="Trigger words", info="Put before every caption. Use them in prompts later.", min_width=200
+        )
+    with gr.Row():
+        form["rank"] = gr.Number(tuner.rank, label="Rank", precision=0, minimum=1, info="Width of the tuner.")
+        form["num_heads"] = gr.Number(tuner.num_heads, label="Heads", precision=0, minimum=1,
+                                      info="Of the tuner's attention.")  # fmt: skip
+        form["length"] = gr.Number(tuner.length, label="Length", precision=0, minimum=1, visible=False,
+                                   info="Tokens of a prefix or prompt, or width of an adapter.")  # fmt: skip
+        form["ops"] = gr.CheckboxGroup(
+            [(name, op) for op, name in LAYER_NAMES.items()], value=tuner.ops, label="Layers",
+            info="The layers that get a tuner.",
+        )  # fmt: skip
+    with gr.Row():
+        form["learning_rate"] = gr.Number(0, label="Learning rate", info="0: the base's default.", minimum=0)
+        form["batch_size"] = gr.Number(default.batch_size, label="Batch size", precision=0, minimum=1,
+                                       info="Images per step.")  # fmt: skip
+        form["resolution"] = gr.Number(None, label="Resolution", precision=0, info="In pixels. 0: the base's size.")
+        form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="Of all random numbers.")
+    form["flip"] = gr.Checkbox(False, label="Also train on mirrored images", info="Not if left and right matter.")
+    with gr.Row():
+        form["preview_every"] = gr.Number(100, label="Preview every", precision=0, minimum=0, min_width=200,
+                                          info="Steps. 0: only at the end.")  # fmt: skip
+        form["checkpoint_every"] = gr.Number(default.checkpoint_every, label="Checkpoint every", precision=0, minimum=1,
+                                             info="Steps. Compare them in Grid.", min_width=200)  # fmt: skip
+    form["preview_prompts"] = gr.Textbox(
+        label="Preview prompts", lines=2, info="One per line. Empty: the first captions."
+    )
+    depend_on_kind = ("rank", "num_heads", "length", "ops")
+    kind.change(lambda k: [gr.update(visible=name in fields_of(k)) for name in depend_on_kind], kind,
+                [form[name] for name in depend_on_kind], **QUIET)  # fmt: skip
+    return form

@@ -1,0 +1,38 @@
+"""Uploaded images and captions are checked before a training."""
+
+from PIL import Image
+
+from sdtune.page.datasets import UploadedImages
+
+
+def test_missing_captions_and_small_images_are_reported_before_a_training(backend, tmp_path):
+    for name, side in (("good", 128), ("small", 80), ("tiny", 20)):
+        Image.new("RGB", (side, side), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "good.txt").write_text("a red square")
+    uploaded = backend.datasets.receive([tmp_path / n for n in ("good.png", "good.txt", "small.png", "tiny.png")])
+    assert uploaded.pairs == [("good.png", "a red square"), ("small.png", ""), ("tiny.png", "")]
+    assert not uploaded.problems
+    problems, _ = backend.datasets.check(uploaded, ["a red square", "", "a dot"])
+    assert len(problems) == 2 and "small.png: has no caption yet" in problems[0] and "tiny.png" in problems[1]
+
+    large_enough = UploadedImages(uploaded.folder, uploaded.pairs[:2], [], [])
+    problems, notes = backend.datasets.check(large_enough, ["a red square " * 50, "another"])
+    assert not problems and any("good.png" in note and "text encoder" in note for note in notes)
+    assert any("small.png" in note and "enlarged" in note for note in notes)
+
+
+def test_two_files_with_one_name_are_a_problem(backend, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (128, 128)).save(tmp_path / folder / "same.png")
+    uploaded = backend.datasets.receive([tmp_path / "a" / "same.png", tmp_path / "b" / "same.png"])
+    assert len(uploaded.problems) == 1 and "two files with this name" in uploaded.problems[0]
+
+
+def test_the_same_images_and_captions_are_kept_in_one_folder(backend, tmp_path):
+    Image.new("RGB", (128, 128)).save(tmp_path / "x.png")
+    uploaded = backend.datasets.receive([tmp_path / "x.png"])
+    first = backend.datasets.folder_for(uploaded, ["a cat"], "cats")
+    backend.datasets.keep(uploaded, ["a cat"], first)
+    assert (first / "x.png").is_file() and backend.datasets.folder_for(uploaded, ["a cat"], "cats") == first
+    assert backend.datasets.folder_for(uploaded, ["a dog"], "cats") != first

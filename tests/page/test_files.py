@@ -1,0 +1,55 @@
+"""The list of adapter files says which ones fit the base, and why the others do not."""
+
+import shutil
+
+import pytest
+import torch
+from folders import a_misfit
+from safetensors.torch import save_file
+
+import sdtune
+from sdtune.adapters import tuner_file
+from sdtune.page import html_parts
+from sdtune.page.errors import PageError
+from sdtune.page.files import AdapterFiles
+
+
+@pytest.fixture
+def folder(files, tmp_path):
+    """A folder with three files that fit the small base, five that do not, and one of another format."""
+    checkpoint = tmp_path / "mine" / "checkpoints" / "step-000012"
+    checkpoint.mkdir(parents=True)
+    shutil.copy(files / "one.safetensors", checkpoint / "tuner.safetensors")
+    shutil.copy(files / "two.safetensors", tmp_path / "two.safetensors")
+    shutil.copy(files / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "lora.safetensors")
+    a_misfit(tmp_path / "sd15.safetensors")
+    wide = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(4, 768)}
+    save_file(wide, tmp_path / "wide.safetensors")
+    save_file({"lora_te_text_model.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "text.safetensors")
+    odd = tuner_file.TunerFile(sdtune.TunerConfig(), {"a": torch.zeros(1)}, {"name": [1], "shape": 7})
+    tuner_file.save(tmp_path / "odd.safetensors", odd)
+    (tmp_path / "incomplete.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    (tmp_path / "other.bin").write_bytes(b"")
+    return tmp_path
+
+
+def test_files_that_fit_are_offered_and_the_others_say_why_not(base, folder):
+    files = AdapterFiles([folder], base.unet)
+    assert set(files.by_label) == {"mine @ step 12", "two", "lora", "sd15", "wide", "text", "incomplete", "odd"}
+    assert set(files.labels()) == {"mine @ step 12", "two", "lora"}  # the run was stopped at its last checkpoint
+    assert files.checkpoint_labels() == ["mine @ step 12"]
+    assert "cross_attention_dim is 768, here 192" in files.by_label["sd15"].problem
+    assert "768 wide, this base's is 192" in files.by_label["wide"].problem
+    assert files.by_label["lora"].kind == "LoRA" and files.by_label["two"].kind == "Res-Attn"
+    for label in ("sd15", "odd", "/etc/passwd", "../two", None, ["two"]):
+        with pytest.raises(PageError):
+            files.get(label)
+    cards = html_parts.file_cards(list(files.by_label.values()))
+    assert "<script" not in cards and "<img src=x" not in cards
+
+
+def test_the_version_increases_only_when_the_files_have_changed(base, folder):
+    files = AdapterFiles([folder], base.unet)
+    version = files.version
+    (folder / "two.safetensors").unlink()
+    assert files.scan() == version + 1 and "two" not in files.by_label and files.scan() == version + 1

@@ -1,0 +1,83 @@
+"""Trainings of the page: names, the shell command, stop and resume, and closed windows."""
+
+import subprocess
+
+import pytest
+from transformers.hf_argparser import HfArgumentParser
+
+import sdtune
+from sdtune.adapters import tuner_file
+from sdtune.page.errors import PageError
+from sdtune.page.training_jobs import TrainingRun, check_base
+
+
+def make_run(backend, name: str = "mine") -> TrainingRun:
+    config = sdtune.TrainConfig(output=str(backend.output.path / name), steps=3)
+    return TrainingRun(config, sdtune.TunerConfig())
+
+
+def test_the_shell_command_trains_the_same_as_the_form():
+    config = sdtune.TrainConfig(
+        data="a b/$(x)", steps=7, flip=True, learning_rate=1e-3, preview_prompts=["it's", '"two"'], resolution=64
+    )
+    run = TrainingRun(config, sdtune.TunerConfig(kind="lora", rank=8, ops=["attn1"]))
+    script = f"printf '%s\\0' {run.shell_command()}"
+    words = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout.split("\0")
+    assert words[:3] == ["accelerate", "launch", "train_anime.py"]
+    parser = HfArgumentParser((sdtune.TunerConfig, sdtune.TrainConfig))
+    tuner, parsed = parser.parse_args_into_dataclasses(words[3:-1])
+    assert (parsed, tuner) == (run.config, run.tuner)
+
+
+def test_a_base_from_the_page_is_never_a_path_of_the_server(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert check_base("", "own/base") == "own/base" and check_base("x/y", "tiny-sd") == "x/y"
+    for text in ("/etc", "../x", "a/b", "~/x", "./a", "a"):
+        with pytest.raises(PageError):
+            check_base(text, "tiny-sd")
+
+
+def test_a_name_belongs_to_the_first_training_that_uses_it(backend, wait_for):
+    first = backend.trainings.start("a", make_run(backend))
+    with pytest.raises(PageError, match="has just taken the name mine"):
+        backend.trainings.start("b", make_run(backend))
+    assert backend.output.free_run_name("mine") == "mine-2"
+    with pytest.raises(PageError, match="already has a training"):
+        backend.trainings.start("a", make_run(backend, "other"))
+    assert not (backend.output.path / "other").exists()  # the refused training leaves no folder
+    backend.may_finish.set()
+    assert wait_for(first).state == "done"
+
+
+def test_a_stopped_training_resumes_also_if_it_was_stopped_while_it_waited(backend, wait_for):
+    trainings = backend.trainings
+    first = trainings.start("a", make_run(backend))
+    assert backend.training_started.wait(20)
+    backend.queue.stop(first)
+    backend.may_finish.set()
+    assert wait_for(first).state == "done" and first.resumable and first.result.name == tuner_file.FILE_NAME
+    backend.may_finish.clear()
+    backend.training_started.clear()
+    other = trainings.start("b", make_run(backend, "other"))
+    assert backend.training_started.wait(20)
+    waiting = trainings.resume("a")
+    assert waiting.run.config.resume and waiting.losses == first.losses
+    backend.queue.stop(waiting)
+    assert waiting.state == "stopped" and waiting.resumable and waiting.result == first.result
+    resumed = trainings.resume("a")
+    backend.may_finish.set()
+    assert wait_for(other).state == wait_for(resumed).state == "done" and not resumed.resumable
+    with pytest.raises(PageError, match="no stopped training"):
+        trainings.resume("a")
+
+
+def test_the_training_of_a_closed_window_is_shown_in_the_next_window(backend, wait_for):
+    trainings = backend.trainings
+    job = trainings.start("before", make_run(backend))
+    backend.close_window("before")  # a reload of the page is a new window
+    assert trainings.shown_in("after") is job and trainings.shown_in("third") is job
+    backend.may_finish.set()
+    wait_for(job)
+    assert trainings.shown_in("third") is job and trainings.shown_in("after") is None
+    assert trainings.shown_in("third") is job
