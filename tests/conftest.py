@@ -90,7 +90,7 @@ def pairs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     for split, count in (("train", 5), ("test", 2)):
         (folder / split).mkdir()
-        for i, pair in enumerate(dataset.read(ANIME, 128, split)[:count]):
+        for i, pair in enumerate(dataset.read_pairs(ANIME, 128, split)[:count]):
             pair.open().resize((128, 128), Image.Resampling.LANCZOS).save(folder / split / f"{i}.png")
             (folder / split / f"{i}.txt").write_text(pair.caption)
     return folder
