@@ -1,0 +1,58 @@
+"""Runs that are stopped and resumed, through `sdtune.fit` on the small base."""
+
+import os
+import signal
+
+import pytest
+import torch
+from training_runs import have_equal_tensors, last_checkpoint, short_run
+
+import sdtune
+from sdtune.adapters import tuner_file
+from sdtune.training import errors, trainer
+
+
+def test_stopping_at_10_and_resuming_gives_the_weights_of_20_straight_steps_bit_for_bit(pairs, tmp_path, monkeypatch):
+    changes = dict(steps=20, lr_scheduler="cosine", lr_warmup_steps=3, caption_dropout=0.5, noise_offset=0.1, flip=True)
+    tuner = sdtune.TunerConfig(attn_drop=0.1, proj_drop=0.1)
+    sdtune.fit(short_run(pairs, tmp_path / "straight", **changes), tuner)
+
+    step = trainer.Trainer.step
+
+    def step_and_press_ctrl_c(self):
+        step(self)
+        if self.done == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Trainer, "step", step_and_press_ctrl_c)
+    with pytest.raises(errors.Stopped, match="stopped at step 10 of 20.*--resume") as stop:
+        sdtune.fit(short_run(pairs, tmp_path / "broken", **changes), tuner)
+    assert stop.value.signum == signal.SIGINT
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    torch.rand(7)  # resuming does not depend on the state of the process
+    result = sdtune.fit(short_run(pairs, tmp_path / "broken", **changes, resume=True), tuner)
+    assert have_equal_tensors(last_checkpoint(tmp_path / "straight/run"), last_checkpoint(tmp_path / "broken/run"))
+    assert len(result.losses) == 20
+
+
+def test_an_unfinished_run_is_not_overwritten_and_resuming_names_what_has_changed(pairs, tmp_path):
+    with pytest.raises(errors.TrainError, match="nothing to resume"):
+        sdtune.fit(short_run(pairs, tmp_path, resume=True))
+    sdtune.fit(short_run(pairs, tmp_path, steps=1))
+    (tmp_path / "run/tuner.safetensors").unlink()  # as after kill -9
+    with pytest.raises(errors.TrainError, match="stopped at step 1.*--resume"):
+        sdtune.fit(short_run(pairs, tmp_path))
+    with pytest.raises(errors.TrainError, match="batch_size was 2 and is 3; seed was 0 and is 5"):
+        sdtune.fit(short_run(pairs, tmp_path, batch_size=3, seed=5, resume=True))
+    assert len(sdtune.fit(short_run(pairs, tmp_path, steps=2, resume=True)).losses) == 2
+
+
+def test_a_nan_loss_right_after_resuming_keeps_the_weights_of_the_checkpoint(pairs, tmp_path, monkeypatch):
+    sdtune.fit(short_run(pairs, tmp_path, steps=2))
+    saved = tuner_file.load(tmp_path / "run/checkpoints/step-000002").tensors
+    monkeypatch.setattr(trainer, "training_loss", lambda *args: torch.full((2,), float("nan"), requires_grad=True))
+    with pytest.raises(errors.TrainError, match="not finite at step 3.*of step 2"):
+        sdtune.fit(short_run(pairs, tmp_path, steps=4, resume=True))
+    file = tuner_file.load(tmp_path / "run")
+    assert file.training["steps_done"] == 2
+    assert all(torch.equal(file.tensors[k], t.half()) for k, t in saved.items())
