@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from folders import a_misfit
 from safetensors.torch import save_file
+from tuner_files import save_tuner_of_another_base
 
 import sdtune
 from sdtune.adapters import tuner_file
@@ -22,7 +22,7 @@ def folder(files, tmp_path):
     shutil.copy(files / "one.safetensors", checkpoint / "tuner.safetensors")
     shutil.copy(files / "two.safetensors", tmp_path / "two.safetensors")
     shutil.copy(files / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "lora.safetensors")
-    a_misfit(tmp_path / "sd15.safetensors")
+    save_tuner_of_another_base(tmp_path / "sd15.safetensors")
     wide = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(4, 768)}
     save_file(wide, tmp_path / "wide.safetensors")
     save_file({"lora_te_text_model.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "text.safetensors")
