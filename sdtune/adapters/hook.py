@@ -49,16 +49,16 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
             if name not in self.tuners:
                 continue
             if isinstance(scale, torch.Tensor):
-                part = self._apply_per_sample(name, x, text, scale)
+                part = self._run_per_sample(name, x, text, scale)
             elif scale == 0:
                 continue
             else:
-                part = self._apply(name, x, text)
+                part = self._run_tuner(name, x, text)
                 part = part if scale == 1 else part * scale
             total = part if total is None or part is None else total + part
         return total
 
-    def _apply(self, name: str, x: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def _run_tuner(self, name: str, x: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         tuner, block = self.tuners[name], self.operation.block
         chunked = self.operation.name == "ff" and block._chunk_size is not None and block._chunk_dim == 1
         if chunked and not tuner.per_token:
@@ -70,7 +70,7 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
             x = self._cast_input_dtype(x, next(tuner.parameters()).dtype)
         return tuner(x, Context(self.operation.attention, text))
 
-    def _apply_per_sample(self, name: str, x: torch.Tensor, text: torch.Tensor | None, weights: torch.Tensor):
+    def _run_per_sample(self, name: str, x: torch.Tensor, text: torch.Tensor | None, weights: torch.Tensor):
         """Each sample's result times its own weight; samples of weight 0 are left out where that is possible."""
         weights = tile_weights(weights, len(x))
         rows = weights.nonzero()[:, 0]  # on the CPU, as the weights are, so that nothing waits for the GPU
@@ -79,7 +79,7 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         if self.tuners[name].calls_base:  # a LoRA in the base may need the whole batch, too
             rows = torch.arange(len(x))
         weights, rows = to_device(weights[rows], x.device), to_device(rows, x.device)
-        part = self._apply(name, x[rows], None if text is None else text[rows])
+        part = self._run_tuner(name, x[rows], None if text is None else text[rows])
         part = (part * per_sample_shape(weights, part)).to(part.dtype)
         return part.new_zeros(len(x), *part.shape[1:]).index_copy(0, rows, part)
 

@@ -72,8 +72,8 @@ def find_operations(unet, config: TunerConfig) -> dict[str, Operation]:
             found[path if op == "block" else f"{path}.{op}"] = Operation(op, module, block)
     if not found:
         raise ValueError(
-            f"{type(unet).__name__} has no BasicTransformerBlock, to which a tuner could be added; expected the UNet of a "
-            "Stable Diffusion 1.x or 2.x"
+            f"{type(unet).__name__} has no BasicTransformerBlock, to which a tuner could be added; expected the UNet "
+            "of a Stable Diffusion 1.x or 2.x"
         )
     if lacking:
         raise ValueError(f"this UNet lacks the operations {', '.join(lacking)}; leave them out of ops")

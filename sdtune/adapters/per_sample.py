@@ -23,7 +23,7 @@ def _reason_against(unet, names: list[str]) -> str | None:
     seen = set()
     for path, module in unet.named_modules():
         if getattr(module, "_chunk_size", None) is not None and names:
-            return f"the feed-forward of {path} receives its input in chunks; call set_chunk_feed_forward(None) on it first"
+            return f"the feed-forward of {path} receives its input in chunks; call set_chunk_feed_forward(None) first"
         here = [n for n in names if isinstance(module, BaseTunerLayer) and n in module._get_available_adapters()]
         seen.update(here)
         for name in here if not isinstance(module, ParallelTuners) else []:
@@ -61,10 +61,8 @@ def per_sample_weights(unet, weights: Mapping[str, Sequence[float]], repeat: int
     tensors = {n: torch.tensor(list(w), dtype=torch.float32, device="cpu").repeat(repeat) for n, w in weights.items()}
     with preserve_adapters(unet) as layers, ExitStack() as hooks:
         for layer in layers:
-            layer._active_adapter, layer._disable_adapters = (
-                list(tensors),
-                False,
-            )  # set_adapter would also make them trainable
+            # set_adapter would also make the adapters trainable
+            layer._active_adapter, layer._disable_adapters = list(tensors), False
             if isinstance(layer, ParallelTuners):
                 layer.weights.update({n: t for n, t in tensors.items() if n in layer.tuners})
             elif tensors.keys() & layer._get_available_adapters():

@@ -1,9 +1,10 @@
 """The tuner file: safetensors with the tuner's weights only, and metadata that says how to load it.
 
-`save` and `load` are a pair: what one writes the other reads with no flags. Keys are
-"unet.<op path>.<parameter>". The metadata holds the format version, the tuner's configuration, the base's
-name and shape, trigger words, training settings and library versions as JSON, and the modelspec
-(https://github.com/Stability-AI/ModelSpec) keys that the ecosystem shows.
+`save` and `load` are a pair: what one writes the other reads with no flags. Keys are "unet.<op path>.<parameter>".
+Those of a LoRA are kohya's, "lora_unet_<layer path>.lora_down.weight", which diffusers, ComfyUI, Forge, AUTOMATIC1111
+and InvokeAI read. A DoRA keeps PEFT's keys, since diffusers reads no other DoRA exactly. The metadata holds the format
+version, the tuner's configuration, the base's name and shape, trigger words, training settings and library versions as
+JSON, and the modelspec (https://github.com/Stability-AI/ModelSpec) keys that other programs show.
 """
 
 import datetime
@@ -84,7 +85,8 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
-    tensors = {f"unet.{k}": t.detach().to("cpu", dtype).contiguous() for k, t in file.tensors.items()}
+    tensors = {k: t.detach().to("cpu", dtype).contiguous() for k, t in file.tensors.items()}
+    tensors = _kohya_tensors(tensors) if file.config.kind == "lora" else {f"unet.{k}": t for k, t in tensors.items()}
     bad = [k for k, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise ValueError(
@@ -170,11 +172,13 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
                     f"{path} has format version {found!r}; this sdtune reads version {FORMAT_VERSION!r}. "
                     "Update sdtune, or save the tuner again with this version"
                 )
-            foreign = [k for k in keys if not k.startswith("unet.")]
+            foreign = [k for k in keys if not k.startswith(("unet.", "lora_unet_"))]
             if foreign:
-                raise TunerFileError(f"{path} holds keys that are no tuner's: {_some(foreign)}; expected unet.* only")
+                raise TunerFileError(
+                    f"{path} holds keys that are no tuner's: {_some(foreign)}; expected unet.* or lora_unet_* only"
+                )
             # get_tensor gives a view of the file, which would change with it
-            tensors = {k.removeprefix("unet."): f.get_tensor(k).clone() for k in keys}
+            tensors = {_plain_key(k): f.get_tensor(k).clone() for k in keys if not k.endswith(".alpha")}
     except (SafetensorError, OSError) as error:
         raise TunerFileError(
             f"{path} is not a whole safetensors file ({error}); it may be truncated, or a pickle under another name. "
@@ -202,6 +206,36 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
         )
     trigger = metadata.get("sdtune.trigger_words", "")
     return TunerFile(config, tensors, fields["base"], trigger, fields["training"], fields["versions"])
+
+
+# The parts of the layers' paths in diffusers' UNet that contain an underscore, longest first.
+_WITH_UNDERSCORE = (
+    "transformer_blocks", "down_blocks", "conv_shortcut", "mid_block", "up_blocks", "proj_out", "proj_in", "to_out",
+    "to_q", "to_k", "to_v",
+)  # fmt: skip
+
+
+def _kohya_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA's tensors, "<layer path>.lora_A.weight" and B, under kohya's keys, with alpha = rank."""
+    found = {}
+    for key, tensor in tensors.items():
+        path, _, part = key.removesuffix(".weight").rpartition(".")
+        name = "lora_unet_" + path.replace(".", "_")
+        found[f"{name}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = tensor
+        if part == "lora_A":
+            found[f"{name}.alpha"] = torch.tensor(float(len(tensor)))
+    return found
+
+
+def _plain_key(key: str) -> str:
+    """The key of a tensor in a file -> "<op path>.<parameter>", or "<layer path>.lora_A.weight" for kohya's keys."""
+    if not key.startswith("lora_unet_"):
+        return key.removeprefix("unet.")
+    path, _, part = key.removeprefix("lora_unet_").partition(".")
+    for name in _WITH_UNDERSCORE:
+        path = path.replace(name, name.replace("_", "-"))
+    path = path.replace("_", ".").replace("-", "_")
+    return f"{path}.{part.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')}"
 
 
 def is_plain_lora(path: Path) -> bool:

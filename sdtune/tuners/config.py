@@ -20,7 +20,7 @@ KINDS = {
 LORAS = ("lora", "dora")  # made by PEFT, in `adapters.lora`
 FULL = "full"  # full fine-tuning of every layer of the UNet; `ops` has no effect
 BASELINES = (*LORAS, FULL)  # what tuners are compared with
-OPS = ("attn1", "attn2", "ff", "block")
+OPS = ("attn1", "attn2", "ff", "block", "conv")
 
 
 def fields_of(kind: str) -> list[str]:
@@ -43,7 +43,10 @@ class TunerConfig:
     num_heads: int = field(default=4, metadata={"help": "number of heads of Res-Attn"})
     ops: list[str] = field(
         default_factory=lambda: ["attn1", "attn2", "ff"],
-        metadata={"help": f"the frozen operations that get a tuner in parallel, any of: {' '.join(OPS)}"},
+        metadata={
+            "help": f"the frozen operations that get a tuner in parallel, any of: {' '.join(OPS)}; conv, the "
+            "convolutions of residual blocks and the projections around attention, is for lora and dora"
+        },
     )
     qkv_bias: bool = field(default=False, metadata={"help": "give Res-Attn's qkv projection a bias"})
     attn_drop: float = field(default=0.0, metadata={"help": "dropout on Res-Attn's attention weights"})
@@ -71,7 +74,11 @@ class TunerConfig:
         elif self.kind == FULL and self.ops != TunerConfig().ops:
             wrong.append(f"ops is {self.ops!r}; full fine-tuning changes every layer of the UNet: leave ops out")
         elif self.kind in list(LORAS) and "block" in self.ops:
-            wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2 and ff, not on the whole block")
+            wrong.append(
+                f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2, ff, conv, not on the whole block"
+            )
+        elif self.kind in list(KINDS) and "conv" in self.ops:
+            wrong.append(f"ops is {self.ops!r}; only {' and '.join(LORAS)} can be on conv: leave it out")
         if self.ffn_kind is not None:
             if self.ffn_kind not in list(KINDS):
                 wrong.append(f"ffn_kind is {self.ffn_kind!r}; possible: {', '.join(KINDS)}")

@@ -222,7 +222,7 @@ def test_layerwise_casting_stores_a_tuner_in_fp8_or_leaves_one_that_comes_later_
 def test_a_unet_whose_weights_are_offloaded_is_refused_where_the_pipeline_would_do(unet, files):
     accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
     keys = list(unet.state_dict())
-    with pytest.raises(ValueError, match="hand over the pipeline"):
+    with pytest.raises(ValueError, match="pass the pipeline"):
         sdtune.load_tuner(unet, files / "one.safetensors", "one")
     assert list(unet.state_dict()) == keys
 

@@ -11,7 +11,11 @@ from safetensors.torch import load_file
 import sdtune
 from sdtune.adapters import api, lora, tuner_file
 
-OPS = {"attention": ["attn1", "attn2"], "attention and ff": ["attn1", "attn2", "ff"]}
+OPS = {
+    "attention": ["attn1", "attn2"],
+    "attention and ff": ["attn1", "attn2", "ff"],
+    "with convolutions": ["attn1", "attn2", "ff", "conv"],
+}
 
 
 def trained(pipe, config, name="mine"):
@@ -39,8 +43,8 @@ def test_a_file_of_ours_gives_the_same_picture_through_diffusers_own_loader_and_
     trained(pipe, sdtune.TunerConfig(kind=kind, rank=3, ops=ops))
     expected = picture(pipe)
     path = sdtune.save_tuner(pipe, tmp_path / "mine.safetensors", "mine", dtype=torch.float32)
-    shapes = {f"unet.{k}": s for k, s in lora.expected_shapes(base.unet, tuner_file.load(path).config).items()}
-    assert {k: tuple(t.shape) for k, t in load_file(path).items()} == shapes
+    saved = tuner_file.load(path)
+    assert {k: tuple(t.shape) for k, t in saved.tensors.items()} == lora.expected_shapes(base.unet, saved.config)
 
     plain = copy.deepcopy(base)
     plain.load_lora_weights(tmp_path, weight_name="mine.safetensors", adapter_name="theirs")
@@ -74,8 +78,9 @@ def test_loras_of_any_name_are_told_apart(pipe, tmp_path):
     for name in "AB":
         own = api.tuner_parameters(pipe, name)
         assert own.keys() == api.expected_shapes(pipe.unet, sdtune.TunerConfig(kind="lora")).keys()
-        tensors = load_file(sdtune.save_tuner(pipe, tmp_path / f"{name}.safetensors", name, dtype=torch.float32))
-        assert all(torch.equal(tensors[f"unet.{k}"], p) for k, p in own.items())
+        path = sdtune.save_tuner(pipe, tmp_path / f"{name}.safetensors", name, dtype=torch.float32)
+        tensors = tuner_file.load(path).tensors
+        assert all(torch.equal(tensors[k], p) for k, p in own.items())
 
 
 def test_a_lora_of_another_tool_loads_with_the_same_call_and_one_that_does_not_fit_is_told(pipe, files, tmp_path):
@@ -152,3 +157,22 @@ def test_full_fine_tuning_trains_with_the_same_trainer(pairs, tmp_path):
     file = tuner_file.load(result.tuner)
     assert file.config.kind == "full" and file.training["learning_rate"] == pytest.approx(3e-4)
     assert all(t.count_nonzero() for t in file.tensors.values())
+
+
+@pytest.mark.parametrize("unet", ["small", "sd15"])
+def test_a_lora_file_has_kohyas_key_for_every_layer_which_ends_where_it_began(base, sd15_unet, tmp_path, unet):
+    config = sdtune.TunerConfig(kind="lora", ops=OPS["with convolutions"])
+    shapes = lora.expected_shapes(base.unet if unet == "small" else sd15_unet, config)
+    tensors = {k: torch.full(shape, float(i % 7)) for i, (k, shape) in enumerate(shapes.items())}
+    path = tuner_file.save(tmp_path, tuner_file.TunerFile(config, tensors))
+    found = load_file(path)
+    ends = {k.split(".", 1)[1] for k in found}
+    assert ends == {"lora_down.weight", "lora_up.weight", "alpha"} and all(k.startswith("lora_unet_") for k in found)
+    assert {t.item() for k, t in found.items() if k.endswith("alpha")} == {config.rank}
+    back = tuner_file.load(path).tensors
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k].float(), t) for k, t in tensors.items())
+
+
+def test_only_loras_can_be_on_convolutions():
+    with pytest.raises(ValueError, match="only lora and dora can be on conv"):
+        sdtune.TunerConfig(ops=["attn1", "conv"])

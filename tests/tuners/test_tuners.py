@@ -318,12 +318,12 @@ def test_a_second_kind_needs_a_feed_forward_and_baselines_stay_by_themselves():
     assert sdtune.TunerConfig(**json.loads(json.dumps(asdict(config)))) == config
     for kind in LORAS:
         assert sdtune.TunerConfig(kind, ops=["ff"]).kind == kind
-        with pytest.raises(ValueError, match=f"a {kind} can be on attn1, attn2 and ff, not on the whole block"):
+        with pytest.raises(ValueError, match=f"a {kind} can be on attn1, attn2, ff, conv, not on the whole block"):
             sdtune.TunerConfig(kind, ops=["block"])
     with pytest.raises(ValueError, match=r"ops is \['ff'\]; full fine-tuning changes every layer"):
         sdtune.TunerConfig("full", ops=["ff"])
     for kind in BASELINES:
-        with pytest.raises(ValueError, match=f"ffn_kind is 'res_attn'; beside a {kind}"):
+        with pytest.raises(ValueError, match=f"ffn_kind is 'res_attn'; a {kind} cannot be combined"):
             sdtune.TunerConfig(kind, ffn_kind="res_attn")
     with pytest.raises(ValueError, match=r"ffn_kind is 'res_adapter', but ops is \['attn1', 'block'\], without ff"):
         sdtune.TunerConfig(ops=["attn1", "block"], ffn_kind="res_adapter")

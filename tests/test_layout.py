@@ -1,0 +1,117 @@
+"""That imports go one way, that loading a tuner needs little, and that files stay short enough to read."""
+
+import ast
+import graphlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# from the rooms that use others to those that others use
+ORDER = ("page", "evaluation", "benchmark", "training", "inference", "adapters", "bases", "tuners", "kernels")
+MODULES = {p.relative_to(ROOT).with_suffix("").as_posix(): p for p in (ROOT / "sdtune").rglob("*.py")}
+
+
+def imported_modules(name: str) -> set[str]:
+    """The modules of sdtune that a module imports, also inside functions."""
+    package, found = name.split("/")[:-1], set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parent = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                path = "/".join([*parent, alias.name])
+                found.add(path if path in MODULES else "/".join(parent))
+    return {f if f in MODULES else f"{f}/__init__" for f in found} - {name, "sdtune/__init__"}
+
+
+def test_no_module_imports_itself_through_others():
+    graphlib.TopologicalSorter({name: imported_modules(name) for name in MODULES}).prepare()  # raises CycleError
+
+
+def test_imports_go_from_the_rooms_that_use_others_to_those_that_are_used():
+    def room(module: str) -> int | None:
+        name = module.split("/")[1]
+        return ORDER.index(name) if name in ORDER else None
+
+    wrong = [
+        f"{name} imports {other}"
+        for name in MODULES
+        for other in imported_modules(name)
+        if None not in (room(name), room(other)) and room(other) < room(name)
+    ]
+    assert not wrong
+
+
+def test_every_module_has_at_most_450_lines_and_the_readme_150():
+    lengths = {
+        p: len(p.read_text().splitlines()) for p in [*MODULES.values(), ROOT / "app.py", ROOT / "train_anime.py"]
+    }
+    assert [p for p, lines in lengths.items() if lines > 450] == []
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def run_blocking(blocked: str, code: str, **environment) -> str:
+    """What code prints in a fresh process where importing any of the blocked packages fails."""
+    block = f"import sys\nfor name in {blocked.split()!r}: sys.modules[name] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", block + code], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_tuners_need_torch_alone():
+    code = "import torch, sdtune.tuners as t\nprint(t.ResAttn(32)(torch.randn(2, 1024, 32)).abs().sum().item())"
+    blocked = "diffusers transformers peft numba llvmlite safetensors accelerate gradio huggingface_hub PIL matplotlib"
+    assert float(run_blocking(blocked, code)) == 0
+
+
+def test_a_tuner_file_is_read_and_written_with_torch_and_safetensors_alone(tmp_path):
+    code = f"""
+from sdtune.adapters import tuner_file
+file = tuner_file.load("assets/anime_res_attn.safetensors")
+copy = tuner_file.load(tuner_file.save({str(tmp_path / "copy.safetensors")!r}, file))
+print(all(copy.tensors[k].equal(t) for k, t in file.tensors.items()), len(copy.tensors) > 0)
+"""
+    blocked = "diffusers transformers peft numba llvmlite accelerate gradio huggingface_hub PIL matplotlib"
+    assert run_blocking(blocked, code).split() == ["True", "True"]
+
+
+CODE = """
+import torch, sdtune
+pipe = sdtune.load_base("tiny-sd")
+sdtune.load_tuner(pipe, "assets/anime_res_attn.safetensors", adapter_name="anime")
+x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+text = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+result = pipe.unet(x, 500, text).sample
+result.square().mean().backward()
+gradient = torch.cat([p.grad.flatten() for n, p in pipe.unet.named_parameters() if p.grad is not None and "res_tuner" in n])
+torch.save([result.detach(), gradient], {!r})
+import sys
+print("numba" in sys.modules)
+"""
+
+
+def test_without_the_kernels_the_unet_computes_the_same_but_for_rounding(tmp_path):
+    import torch
+
+    found = {}
+    for setting in ("on", "off"):
+        path = tmp_path / f"{setting}.pt"
+        printed = run_blocking("", CODE.format(str(path)), SDTUNE_KERNELS=setting)
+        assert printed.split()[-1] == str(setting == "on")
+        found[setting] = torch.load(path)
+    for on, off in zip(found["on"], found["off"]):
+        assert not torch.equal(on, off)  # else the kernels were not used
+        assert (on - off).norm() < 1e-4 * off.norm()
+
+
+def test_a_wrong_setting_of_the_kernels_is_refused(monkeypatch):
+    from sdtune import kernels
+
+    monkeypatch.setenv("SDTUNE_KERNELS", "no")
+    with pytest.raises(ValueError, match="SDTUNE_KERNELS is 'no'; it must be on or off"):
+        kernels.is_enabled()
