@@ -77,7 +77,7 @@ def server(files, tmp_path_factory):
         shutil.copy(files / f"{name}.safetensors", folder / "tuner.safetensors")
     shutil.copy(files / "one.safetensors", output / "one.safetensors")
     shutil.copy(files / "lora" / "pytorch_lora_weights.safetensors", output / "my_lora.safetensors")
-    save_tuner_of_another_base(output / "misfit.safetensors")
+    save_tuner_of_another_base(output / "other-base.safetensors")
     (output.parent / "secret.txt").write_text("secret")
     with running(output) as address:
         yield address, output
@@ -187,12 +187,12 @@ def test_long_texts_and_html_in_texts_do_no_harm(page):
     page.click("#draw")
     wait_for_text(page, "draw-status", "at most 10,000 are allowed")
     open_tab(page, "Files")
-    cards = wait_for_text(page, "file-cards", "misfit")
+    cards = wait_for_text(page, "file-cards", "other-base")
     assert "does not fit" in cards and "onerror" in cards and "cross_attention_dim is 768, here 192" in cards
     open_tab(page, "Draw")
     page.locator(".card input").first.click()
     offered = page.get_by_role("option").all_inner_texts()
-    assert any("one" in o for o in offered) and not any("misfit" in o for o in offered)
+    assert any("one" in o for o in offered) and not any("other-base" in o for o in offered)
 
 
 def test_a_grid_has_two_axes_and_the_weight_slider_redraws(page):

@@ -48,7 +48,7 @@ def guidance_slider(backend: Backend, scale: int = 1) -> gr.Slider:
 
 def size_slider(backend: Backend) -> gr.Slider:
     side = backend.side
-    info = f"Side in pixels. The base was trained at {side}."
+    info = f"In pixels. The base was trained at {side}."
     return gr.Slider(max(64, side // 2), 2 * side, side, step=32, label="Size", info=info, min_width=200)
 
 

@@ -55,7 +55,7 @@ class AdapterFiles:
             for name, module in self._unet.named_modules()
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         }
-        self._known: dict[tuple, AdapterFile] = {}  # (label, path, time of change, size) -> what was read
+        self._known: dict[tuple, AdapterFile] = {}  # (label, path, time of change, size, preview) -> what was read
         self._lock = threading.Lock()
         self.scan()
 
@@ -71,8 +71,9 @@ class AdapterFiles:
                     except OSError:  # the file was removed a moment ago
                         continue
                     label = _make_label(folder, path, by_label)
-                    key = (label, path, stat.st_mtime_ns, stat.st_size)
-                    known[key] = by_label[label] = self._known.get(key) or self._read(label, path, stat)
+                    preview = _find_preview(path)  # a training draws it after it has written the file
+                    key = (label, path, stat.st_mtime_ns, stat.st_size, preview)
+                    known[key] = by_label[label] = self._known.get(key) or self._read(label, path, stat, preview)
             if known.keys() != self._known.keys():
                 self._known, self.by_label = known, by_label
                 self.version += 1
@@ -119,21 +120,19 @@ class AdapterFiles:
         last = [f for f in self.by_label.values() if f.run == file.run][-1]
         return file.run not in self.by_label and file.label == last.label
 
-    def _read(self, label: str, path: Path, stat) -> AdapterFile:
+    def _read(self, label: str, path: Path, stat, preview: Path | None) -> AdapterFile:
         try:
-            return self._read_tuner_or_lora(label, path, stat)
+            return self._read_tuner_or_lora(label, path, stat, preview)
         except Exception as error:  # metadata can hold anything
             problem = f"its metadata cannot be read ({type(error).__name__})"
             return AdapterFile(label, path, "unusable", problem)
 
-    def _read_tuner_or_lora(self, label: str, path: Path, stat) -> AdapterFile:
-        is_result = path.name == tuner_file.FILE_NAME
-        previews = (path.with_suffix(".png"), path.with_name("preview.png"))[: 1 + is_result]
+    def _read_tuner_or_lora(self, label: str, path: Path, stat, preview: Path | None) -> AdapterFile:
         facts = {
             "megabytes": stat.st_size / 1e6,
             "modified": stat.st_mtime,
             "run": label.partition(_CHECKPOINT)[0] if _CHECKPOINT in label else "",
-            "preview": next((p for p in previews if p.is_file()), None),
+            "preview": preview,
         }
         try:
             if tuner_file.is_plain_lora(path):
@@ -196,6 +195,13 @@ def _is_listed(folder: Path, path: Path) -> bool:
     if any(part.startswith(".") for part in parts) or path.is_relative_to(load.TINY_SD):
         return False
     return "checkpoints" not in parts or path.name == tuner_file.FILE_NAME
+
+
+def _find_preview(path: Path) -> Path | None:
+    """The image next to an adapter file: of the same name, or preview.png next to the tuner of a training."""
+    is_result = path.name == tuner_file.FILE_NAME
+    previews = (path.with_suffix(".png"), path.with_name("preview.png"))[: 1 + is_result]
+    return next((preview for preview in previews if preview.is_file()), None)
 
 
 def _make_label(folder: Path, path: Path, taken) -> str:

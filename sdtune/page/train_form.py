@@ -21,13 +21,11 @@ def build_more_fields(base: str, kind: gr.Dropdown) -> dict[str, gr.components.C
             list(dict.fromkeys([base, "tiny-sd"])), value=base, allow_custom_value=True, label="Base", min_width=200,
             info="One of these, or a hub id such as owner/name.",
         )  # fmt: skip
-        form["trigger_words"] = gr.Textbox(
-            label="Trigger words", info="Put before every caption. Use them in prompts later.", min_width=200
-        )
+        form["trigger_words"] = gr.Textbox(label="Trigger words", info="Put before every caption.", min_width=200)
     with gr.Row():
         form["rank"] = gr.Number(tuner.rank, label="Rank", precision=0, minimum=1, info="Width of the tuner.")
         form["num_heads"] = gr.Number(tuner.num_heads, label="Heads", precision=0, minimum=1,
-                                      info="Of the tuner's attention.")  # fmt: skip
+                                      info="Attention heads.")  # fmt: skip
         form["length"] = gr.Number(tuner.length, label="Length", precision=0, minimum=1, visible=False,
                                    info="Tokens of a prefix or prompt, or width of an adapter.")  # fmt: skip
         form["ops"] = gr.CheckboxGroup(
@@ -35,12 +33,14 @@ def build_more_fields(base: str, kind: gr.Dropdown) -> dict[str, gr.components.C
             info="The layers that get a tuner.",
         )  # fmt: skip
     with gr.Row():
-        form["learning_rate"] = gr.Number(0, label="Learning rate", info="0: the base's default.", minimum=0)
+        form["learning_rate"] = gr.Number(0, label="Learning rate", info="0: the default.", minimum=0, min_width=110)
         form["batch_size"] = gr.Number(default.batch_size, label="Batch size", precision=0, minimum=1,
-                                       info="Images per step.")  # fmt: skip
-        form["resolution"] = gr.Number(None, label="Resolution", precision=0, info="In pixels. 0: the base's size.")
-        form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="Of all random numbers.")
-    form["flip"] = gr.Checkbox(False, label="Also train on mirrored images", info="Not if left and right matter.")
+                                       info="Images per step.", min_width=110)  # fmt: skip
+        form["resolution"] = gr.Number(None, label="Resolution", precision=0, info="0: the base's.", min_width=110)
+        form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="Of all noise.", min_width=110)
+    form["flip"] = gr.Checkbox(
+        False, label="Also train on mirrored images", info="Leave it off if left and right matter."
+    )
     with gr.Row():
         form["preview_every"] = gr.Number(100, label="Preview every", precision=0, minimum=0, min_width=200,
                                           info="Steps. 0: only at the end.")  # fmt: skip

@@ -34,9 +34,10 @@ def build_train_tab(window: Window) -> tuple:
         with gr.Column(scale=6, min_width=320):
             source = gr.Radio(
                 [("My own images", "own"), ("The 30 bundled anime images", "bundled")], value="own",
-                label="Training images", info="5 to 50 images of one style or one subject.", elem_id="source",
+                label="Training images", elem_id="source",
+                info="5 to 50 images of one style or subject. Captions: .txt files, metadata.jsonl or metadata.csv.",
             )  # fmt: skip
-            files = gr.File(label="Drop images and their captions (.txt, metadata.jsonl or metadata.csv)",
+            files = gr.File(label="Drop images and caption files here",
                             file_count="multiple", height=150, elem_id="train-files")  # fmt: skip
             problems = gr.HTML(elem_id="problems")
             caption_column, captions = gr.Column(elem_id="captions"), gr.Textbox(visible=False)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tuner_files import save_tuner_of_another_base
 
@@ -53,3 +54,10 @@ def test_the_version_increases_only_when_the_files_have_changed(base, folder):
     version = files.version
     (folder / "two.safetensors").unlink()
     assert files.scan() == version + 1 and "two" not in files.by_label and files.scan() == version + 1
+
+
+def test_a_preview_that_is_drawn_after_the_file_is_found(base, folder):
+    files = AdapterFiles([folder], base.unet)
+    Image.new("RGB", (8, 8)).save(folder / "two.png")
+    files.scan()
+    assert files.by_label["two"].preview == folder / "two.png"
