@@ -1,4 +1,4 @@
-"""Prepares two tasks for `python -m sdtune.evaluate`: 30 pairs of a style that the small base has never seen, each
+"""Prepares two tasks for `python -m sdtune.evaluation`: 30 pairs of a style that the small base has never seen, each
 with 120 held-out prompts and their true pictures.
 
     pip install resvg_py

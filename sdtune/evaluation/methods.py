@@ -1,13 +1,13 @@
 """The methods that the evaluation compares, at matched numbers of parameters."""
 
-import math
+from functools import partial
 
-from ..adapters import api
+from ..adapters.matching import match_parameters
 from ..tuners.config import TunerConfig
 
 GROUPS = {
     "paper": ["res_attn", "res_adapter", "res_prefix", "res_prompt"],
-    "baselines": ["lora", "lora_ff", "dora", "full"],
+    "baselines": ["lora", "lora_ff", "lora_conv", "dora", "full"],
     "dual": ["res_attn", "dual", "dual_swapped"],
     "ablation": ["res_attn", "2x4", "8x4", "8x8", "mha", "ffn", "block"],
 }
@@ -17,11 +17,6 @@ class EvaluationError(RuntimeError):
     """The evaluation cannot start; the message names what was found and what to do."""
 
 
-def parameter_count(unet, config: TunerConfig) -> int:
-    """How many trainable parameters a tuner of this configuration has on this UNet."""
-    return sum(math.prod(shape) for shape in api.expected_shapes(unet, config).values())
-
-
 def methods(unet) -> dict[str, TunerConfig]:
     """Every method by its name, for this UNet.
 
@@ -29,13 +24,7 @@ def methods(unet) -> dict[str, TunerConfig]:
     rank or length allows; but full fine-tuning trains all parameters, and in the ablation rank x heads, or the
     operations, are as the name says.
     """
-    target = parameter_count(unet, TunerConfig())
-
-    def matched(setting: str, **others) -> TunerConfig:
-        # the count grows linearly with the setting
-        one, two = (parameter_count(unet, TunerConfig(**others, **{setting: n})) for n in (1, 2))
-        return TunerConfig(**others, **{setting: min(1024, max(1, round(1 + (target - one) / (two - one))))})
-
+    matched = partial(match_parameters, unet)
     attention = ["attn1", "attn2"]
     return {
         "res_attn": TunerConfig(),
@@ -47,6 +36,7 @@ def methods(unet) -> dict[str, TunerConfig]:
         "dual_swapped": matched("length", kind="res_adapter", ffn_kind="res_attn"),
         "lora": matched("rank", kind="lora", ops=attention),
         "lora_ff": matched("rank", kind="lora"),
+        "lora_conv": matched("rank", kind="lora", ops=[*attention, "ff", "conv"]),
         "dora": matched("rank", kind="dora", ops=attention),
         "full": TunerConfig(kind="full"),
         "2x4": TunerConfig(rank=2),

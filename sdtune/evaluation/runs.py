@@ -139,6 +139,7 @@ class Evaluation:
 
         Leaves done.json: `rates`, the validation runs by rate, the chosen `rate`, and `runs`, those of each seed.
         """
+        # the key "asked" is that of earlier versions, whose output folders are still read
         found = {"asked": self._rates_and_seeds, "rates": {}, "runs": {}}
         if name == BASE:
             for seed in range(self.settings.seeds):
