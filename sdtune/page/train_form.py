@@ -33,11 +33,11 @@ def build_more_fields(base: str, kind: gr.Dropdown) -> dict[str, gr.components.C
             info="The layers that get a tuner.",
         )  # fmt: skip
     with gr.Row():
-        form["learning_rate"] = gr.Number(0, label="Learning rate", info="0: the default.", minimum=0, min_width=110)
+        form["learning_rate"] = gr.Number(0, label="Learning rate", info="0: the default.", minimum=0, min_width=122)
         form["batch_size"] = gr.Number(default.batch_size, label="Batch size", precision=0, minimum=1,
-                                       info="Images per step.", min_width=110)  # fmt: skip
-        form["resolution"] = gr.Number(None, label="Resolution", precision=0, info="0: the base's.", min_width=110)
-        form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="Of all noise.", min_width=110)
+                                       info="Images per step.", min_width=122)  # fmt: skip
+        form["resolution"] = gr.Number(None, label="Resolution", precision=0, info="0: the base's.", min_width=122)
+        form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="Of all noise.", min_width=122)
     form["flip"] = gr.Checkbox(
         False, label="Also train on mirrored images", info="Leave it off if left and right matter."
     )
