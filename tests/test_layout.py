@@ -88,7 +88,8 @@ x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
 text = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
 result = pipe.unet(x, 500, text).sample
 result.square().mean().backward()
-gradient = torch.cat([p.grad.flatten() for n, p in pipe.unet.named_parameters() if p.grad is not None and "res_tuner" in n])
+tuner = [p for name, p in pipe.unet.named_parameters() if "res_tuner" in name]
+gradient = torch.cat([p.grad.flatten() for p in tuner])
 torch.save([result.detach(), gradient], {!r})
 import sys
 print("numba" in sys.modules)

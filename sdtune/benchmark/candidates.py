@@ -28,9 +28,8 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from .. import kernels
-from ..adapters import api
+from ..adapters import api, matching
 from ..bases import load
-from ..evaluation import methods
 from ..inference import compare
 from ..kernels.cpu import heap
 from ..kernels.cuda import graphs
@@ -207,7 +206,7 @@ def _prepare_drawing(job: Job) -> Candidate:
         kernels.restore(unet), kernels.restore(pipe.vae)
         return Candidate(partial(_draw_as_diffusers, pipe, job))
     elif job.name != BASE:
-        api.add_tuner(pipe, methods.methods(unet)["lora"])  # of equal parameters
+        api.add_tuner(pipe, matching.match_parameters(unet, "rank", kind="lora", ops=["attn1", "attn2"]))
     if job.name == FUSED:
         unet.fuse_lora()
         unet.unload_lora()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from ..adapters.matching import count_parameters
 from ..training import stopping
 from . import features, intervals, metrics
 from .costs import measure_costs
 from .intervals import Estimate, Statistic
-from .methods import parameter_count
 from .metrics import COLUMNS
 from .runs import BASE, SHUFFLED, Evaluation, read_json
 from .tasks import Task
@@ -108,7 +108,7 @@ class Results:
         return {
             "rate": rate,
             "rate_at_edge": len(rates) > 1 and rate in (rates[0], rates[-1]),
-            "parameters": parameter_count(evaluation.model.pipe.unet, evaluation.methods[name]),
+            "parameters": count_parameters(evaluation.model.pipe.unet, evaluation.methods[name]),
             "file_bytes": max((r["file_bytes"] for r in runs if r.get("file_bytes")), default=None),
             "failed": sum(bool(r["failed"]) for r in runs),
             "best_step": curve and min(curve, key=lambda step: statistics.mean(curve[step])),

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..adapters import tuner_file
+from ..adapters.matching import count_parameters
 from ..bases import load, properties
 from ..training import dataset, encoding
 from ..training.config import TrainConfig
@@ -26,7 +27,7 @@ from ..training.errors import Stopped, TrainError
 from ..training.trainer import fit
 from ..tuners.config import FULL, TunerConfig
 from . import features
-from .methods import GROUPS, EvaluationError, methods, parameter_count
+from .methods import GROUPS, EvaluationError, methods
 from .model import EvaluatedModel, default_device
 from .tasks import TASKS, UNRELATED_PROMPTS, Task, read_task, write_pairs
 
@@ -116,7 +117,7 @@ class Evaluation:
     def run(self) -> None:
         """Does this process's share of the runs; the first process then waits until the others have done theirs."""
         for name, config in self.methods.items():
-            self._print(f"{name}: {parameter_count(self.model.pipe.unet, config):,} trainable parameters")
+            self._print(f"{name}: {count_parameters(self.model.pipe.unet, config):,} trainable parameters")
         pairs = [(task, name) for task in self.tasks for name in (BASE, *self.methods)]
         own = pairs[self.rank :: self.world]
         for i, (task, name) in enumerate(own):

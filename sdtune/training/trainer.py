@@ -154,8 +154,8 @@ class Trainer:
             unet.enable_gradient_checkpointing()
         self.attention_precision = setup.attention_precision(config, unet)
         self.saved_tensor_hooks = setup.saved_tensor_hooks(unet, tuner)
-        is_cuda = device.type == "cuda"
-        self.train_on_batch = graphs.CudaGraphed(self._compute_gradients) if is_cuda else self._compute_gradients
+        use_graph = device.type == "cuda" and kernels.is_enabled()
+        self.train_on_batch = graphs.CudaGraphed(self._compute_gradients) if use_graph else self._compute_gradients
 
         # optimizer, previews, held-out loss
         learning_rate = config.learning_rate or setup.default_learning_rate(unet, tuner)
