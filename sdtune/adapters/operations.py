@@ -19,7 +19,7 @@ class Operation:
     """A frozen operation of a UNet. As a dataclass it can be an attribute of a module without becoming a submodule.
 
     Attributes:
-        name: one of `tuners.OPS`; "layer" for full fine-tuning, which changes single layers.
+        name: one of `tuners.TUNER_OPS`; "layer" for full fine-tuning, which changes single layers.
         module: the frozen operation itself.
         block: the transformer block that contains it, or that it is; None for a single layer.
     """

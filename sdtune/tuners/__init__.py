@@ -4,7 +4,7 @@
 """
 
 from .base import Context, Tuner, Widths
-from .config import BASELINES, FULL, KINDS, LORAS, OPS, TunerConfig, build_tuner, fields_of
+from .config import BASELINES, FULL, KINDS, LORAS, OPS, TUNER_OPS, TunerConfig, build_tuner, fields_of
 from .full import FullTuning
 from .res_adapter import ResAdapter
 from .res_attn import ResAttn
@@ -13,6 +13,6 @@ from .res_prefix import ResPrefix
 from .res_prompt import ResPrompt
 
 __all__ = [
-    "BASELINES", "FULL", "KINDS", "LORAS", "OPS", "Context", "FullTuning", "ResAdapter", "ResAttn", "ResAttnText",
-    "ResPrefix", "ResPrompt", "Tuner", "TunerConfig", "Widths", "build_tuner", "fields_of",
+    "BASELINES", "FULL", "KINDS", "LORAS", "OPS", "TUNER_OPS", "Context", "FullTuning", "ResAdapter", "ResAttn",
+    "ResAttnText", "ResPrefix", "ResPrompt", "Tuner", "TunerConfig", "Widths", "build_tuner", "fields_of",
 ]  # fmt: skip

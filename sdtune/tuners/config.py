@@ -20,7 +20,8 @@ KINDS = {
 LORAS = ("lora", "dora")  # made by PEFT, in `adapters.lora`
 FULL = "full"  # full fine-tuning of every layer of the UNet; `ops` has no effect
 BASELINES = (*LORAS, FULL)  # what tuners are compared with
-OPS = ("attn1", "attn2", "ff", "block", "conv")
+TUNER_OPS = ("attn1", "attn2", "ff", "block")  # what a tuner can be added to
+OPS = (*TUNER_OPS, "conv")  # conv is for LoRA and DoRA
 
 
 def fields_of(kind: str) -> list[str]:

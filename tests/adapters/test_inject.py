@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import sdtune
 from sdtune.adapters import hook, inject, per_sample, state
-from sdtune.tuners.config import KINDS, OPS
+from sdtune.tuners.config import KINDS, TUNER_OPS
 
 ALL = ["attn1", "attn2", "ff"]
 
@@ -373,7 +373,7 @@ def shake(unet, name, seed=0, size=0.05):
         p.data += size * torch.randn(p.shape, generator=generator).to(p)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TUNER_OPS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_beside_each_operation_starts_at_zero_and_adds_only_its_own_weights(unet, kind, op, tmp_path):
     before, tensors = predict(unet), dict(unet.state_dict(keep_vars=True))
@@ -405,7 +405,7 @@ def test_each_kind_beside_each_operation_starts_at_zero_and_adds_only_its_own_we
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_trains_from_its_start_and_alike_with_gradient_checkpointing(unet, kind):
-    sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(OPS)), "new")
+    sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(TUNER_OPS)), "new")
     parameters, gradients = in_training(unet, "new")
     first = gradients()
     assert any(g.any() for g in first)  # there is a way out of zero
@@ -420,7 +420,7 @@ def test_each_kind_trains_from_its_start_and_alike_with_gradient_checkpointing(u
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_follows_the_dtype_and_works_in_fp32_beside_a_half_precision_base(unet, kind, dtype):
-    sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(OPS)), "new")
+    sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(TUNER_OPS)), "new")
     shake(unet, "new", size=0.02)
     full = predict(unet)
     unet.to(dtype)
@@ -471,7 +471,7 @@ def test_each_kind_can_have_a_weight_per_sample_beside_a_lora_on_the_projections
     unet.add_adapter(LoraConfig(r=2, lora_alpha=1, target_modules=targets, init_lora_weights=False), "lora")
     weights = {"lora": [0.0, 0.5, -0.3, 0.0]}
     for i, kind in enumerate(KINDS):
-        sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(OPS)), kind)
+        sdtune.add_tuner(unet, sdtune.TunerConfig(kind, ops=list(TUNER_OPS)), kind)
         shake(unet, kind, i, 0.02)
         weights[kind] = [1.0 * (i == 0), 1.0 * (i in (1, 3)), 0.2, 1.0 * (i == 4)]
     x, t, text = batch(2)
@@ -510,7 +510,7 @@ def test_each_kind_survives_offloading(pipe, kind, how, monkeypatch):
     """On the CPU only, where accelerate's sequential hooks leave weights on "meta" in between."""
     real = accelerate.cpu_offload
     monkeypatch.setattr(accelerate, "cpu_offload", lambda m, d, **kwargs: real(m, torch.device(d.type), **kwargs))
-    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind, ops=list(OPS)), "new")
+    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind, ops=list(TUNER_OPS)), "new")
     shake(pipe.unet, "new", size=0.02)
     before = picture(pipe)
     if how == "group":
