@@ -5,8 +5,9 @@ import torch
 from conftest import ANIME
 
 import sdtune
+from sdtune.adapters.api import tuner_parameters
 from sdtune.inference import grids
-from sdtune.page.studio import SAMPLERS
+from sdtune.page.samplers import SAMPLERS
 
 PROMPT = "a girl with silver hair, in anime style"
 assert ANIME.exists()
@@ -88,7 +89,7 @@ def test_the_pipe_is_left_as_it_was_also_when_the_drawing_is_stopped(loaded):
 
 def test_an_adapter_that_cannot_share_a_pass_gets_its_own(pipe):
     sdtune.add_tuner(pipe, sdtune.TunerConfig(kind="dora"), "dora")
-    for key, p in sdtune.pipeline.parameters_of(pipe, "dora").items():
+    for key, p in tuner_parameters(pipe, "dora").items():
         p.data += 0.1 if "lora_B" in key else 0
     cells = [sdtune.Cell(PROMPT, 0), sdtune.Cell(PROMPT, 0, {"dora": 1.0}), sdtune.Cell(PROMPT, 0, {"dora": 0.5})]
     drawn = sdtune.draw_cells(pipe, cells, steps=2, size=64)
