@@ -12,7 +12,6 @@ import sys
 
 from sdtune.kernels.cpu import heap
 from sdtune.training import launch
-from sdtune.training.config import TrainConfig
 from sdtune.training.errors import Stopped, TrainError
 
 HOW_TO_LOAD = """
@@ -34,9 +33,9 @@ def main() -> int:
     import torch
     from transformers.hf_argparser import HfArgumentParser
 
-    from sdtune import TunerConfig, fit
+    import sdtune
 
-    parser = HfArgumentParser((TunerConfig, TrainConfig), description=__doc__.split("\n")[0])
+    parser = HfArgumentParser((sdtune.TunerConfig, sdtune.TrainConfig), description=__doc__.split("\n")[0])
     try:
         tuner, config = parser.parse_args_into_dataclasses()
     except ValueError as error:
@@ -44,7 +43,7 @@ def main() -> int:
         return 2
 
     try:
-        result = fit(config, tuner)
+        result = sdtune.fit(config, tuner)
     except Stopped as stop:
         print(f"\n{stop}", file=sys.stderr)
         return 128 + stop.signum
@@ -60,7 +59,7 @@ def main() -> int:
         return 130
 
     if result.main:
-        name = "anime" if config.output == TrainConfig.output else "mine"
+        name = "anime" if config.output == sdtune.TrainConfig.output else "mine"
         print(f"\nthe tuner     {result.tuner}\nthe preview   {result.preview}\nthe losses    {result.loss_plot}")
         print(f"the settings  {result.config}")
         print(HOW_TO_LOAD.format(base=config.base, tuner=result.tuner, name=name))
