@@ -10,20 +10,15 @@ import signal
 import sys
 import threading
 
+from sdtune.training import launch
+
 
 def main() -> int:
     args = parse_args()
     print(f"loading the base {args.base} ...", flush=True)
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent to Gradio
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()  # before diffusers imports it and it warns about torchvision
-    transformers.utils.logging.disable_progress_bar()
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    launch.silence_libraries()
 
     from sdtune import BaseError
     from sdtune.kernels.cpu.heap import keep_freed_memory

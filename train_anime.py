@@ -27,7 +27,7 @@ def main() -> int:
     processes = launch.requested_processes(os.path.basename(__file__))
     if processes > 1:
         launch.replace_with_processes(processes, [__file__], sys.argv[1:])
-    launch.start_quietly()
+    launch.print_start()
 
     # these imports take seconds, so they come after the first line that the user sees
     import torch
@@ -42,6 +42,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
+    launch.silence_libraries()
     try:
         result = sdtune.fit(config, tuner)
     except Stopped as stop:

@@ -153,10 +153,10 @@ def test_the_bundled_pairs_are_30_and_12_of_512_px_in_one_style():
     assert {pair.open().size for pair in train + test} == {(512, 512)}
 
 
-def test_the_flags_are_told_without_loading_what_only_training_needs():
+def test_help_lists_the_flags_without_importing_what_only_training_needs():
     code = (
         "import sys, atexit; atexit.register(lambda: print(*sorted({'diffusers', 'peft', 'numba'} & set(sys.modules))))"
     )
     script = f"{code}; sys.argv = ['train_anime.py', '--help']; import train_anime; train_anime.main()"
-    told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert "--learning_rate" in told.stdout and told.stdout.splitlines()[-1] == ""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert "--learning_rate" in process.stdout and process.stdout.splitlines()[-1] == ""

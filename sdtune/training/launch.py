@@ -48,17 +48,29 @@ def replace_with_processes(count: int, target: list[str], arguments: list[str]) 
     os.execv(sys.executable, [sys.executable, *run, *arguments])
 
 
-def start_quietly(message: str = "starting: importing PyTorch and diffusers") -> None:
-    """Prints a line at once, then imports transformers and diffusers, which takes seconds, without their messages.
+def start_quietly() -> None:
+    """`print_start`, then `silence_libraries`."""
+    print_start()
+    silence_libraries()
 
-    To be called before any other import of them: some of their warnings appear on import (about torchvision), others
-    while a base is loaded (about precisions, and a progress bar for each file).
-    """
+
+def print_start() -> None:
+    """Prints a line, in the first process only, so that a user sees something before the imports that take seconds."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-    import diffusers
+        print("starting: importing PyTorch and diffusers", flush=True)
+
+
+def silence_libraries() -> None:
+    """Imports transformers and diffusers, which takes seconds, and switches off their warnings and progress bars.
+
+    To be called before any other import of diffusers: some warnings appear on import (about torchvision), others while
+    a base is loaded (about precisions, and a progress bar for each file).
+    """
     import transformers
 
-    for logging in (transformers.utils.logging, diffusers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
