@@ -21,7 +21,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
 def kind(request, monkeypatch):
-    monkeypatch.setattr(layers, "_on_amd", lambda: True)
+    monkeypatch.setattr(layers, "on_amd_cpu", lambda: True)
     return request.param
 
 
@@ -69,7 +69,7 @@ def test_it_gives_what_the_plain_layer_gives_gradient_included(kind, calls):
 
 @pytest.mark.parametrize("shape", [(64, 24), (2, 300, 24), (3, 7, 5, 24)])
 def test_a_linear_layer_takes_any_number_of_rows(shape, calls, vectors, monkeypatch):
-    monkeypatch.setattr(layers, "_on_amd", lambda: True)
+    monkeypatch.setattr(layers, "on_amd_cpu", lambda: True)
     quick, x, aim, found = (
         layer(layers.Linear),
         torch.randn(shape, requires_grad=True),
@@ -86,8 +86,8 @@ def test_a_linear_layer_takes_any_number_of_rows(shape, calls, vectors, monkeypa
     "batch, height, width, bias", [(1, 4, 16, True), (2, 8, 4, False), (3, 3, 5, True), (1, 1, 1, True)]
 )
 def test_few_pixels_and_many_weights_are_one_product(batch, height, width, bias, calls, vectors, monkeypatch):
-    monkeypatch.setattr(layers, "_on_amd", lambda: True)
-    monkeypatch.setattr(layers.Convolution, "MANY", 1000)
+    monkeypatch.setattr(layers, "on_amd_cpu", lambda: True)
+    monkeypatch.setattr(layers.Convolution, "MIN_WEIGHTS", 1000)
     quick = kernels.optimize(nn.Conv2d(40, 30, 3, padding=1, bias=bias)).requires_grad_(False)
     x = torch.randn(batch, 40, height, width, requires_grad=True)
     aim, found = torch.randn(batch, 30, height, width), []
@@ -120,7 +120,7 @@ def test_other_precisions_and_layouts_are_left_as_they_are(kind, calls):
 
 
 def test_convolutions_that_are_no_whole_tiles_and_few_rows_are_left_as_they_are(calls, monkeypatch):
-    monkeypatch.setattr(layers, "_on_amd", lambda: True)
+    monkeypatch.setattr(layers, "on_amd_cpu", lambda: True)
     assert layer(layers.Convolution)(given()[:, :, :22]).shape == (2, 40, 22, 24)
     assert layer(layers.Convolution)(given()[0]).shape == (40, 24, 24)
     assert layer(layers.Linear)(given()[0, 0, :2]).shape == (2, 40)
@@ -129,7 +129,7 @@ def test_convolutions_that_are_no_whole_tiles_and_few_rows_are_left_as_they_are(
 
 def test_without_pytorch_s_threads_and_off_amd_everything_is_left_as_it_is(kind, calls, monkeypatch):
     monkeypatch.setattr(numba_threads, "_openmp_found", False)
-    monkeypatch.setattr(layers, "_on_amd", lambda: False)
+    monkeypatch.setattr(layers, "on_amd_cpu", lambda: False)
     assert torch.equal(layer(kind)(given()), kernels.restore(layer(kind))(given()))
     assert not calls
 
@@ -146,7 +146,7 @@ def test_other_convolutions_stay_what_they_are():
 ], ids=str)  # fmt: skip
 def test_a_block_of_any_settings_gives_what_diffusers_gives_bit_for_bit(settings, usual, monkeypatch):
     block = resnet.ResnetBlock2D(in_channels=32, **dict(temb_channels=24) | settings).requires_grad_(False)
-    monkeypatch.setattr(layers, "QUICKER", {resnet.ResnetBlock2D: layers.ResnetBlock2D})  # not the layers within
+    monkeypatch.setattr(layers, "FASTER_LAYERS", {resnet.ResnetBlock2D: layers.ResnetBlock2D})  # not the layers within
     quick = kernels.optimize(copy.deepcopy(block))
     assert type(quick) is (layers.ResnetBlock2D if usual else resnet.ResnetBlock2D)
     temb, found = None if block.time_emb_proj is None else torch.randn(2, 24), []
