@@ -49,8 +49,8 @@ def test_it_is_the_convolution_and_its_gradient(batch, channels, count, down, ac
     args = example_of(batch, channels, count, 4 * down, 4 * across, seed)
     with pytest.MonkeyPatch.context() as patch:
         if pieces:  # as for pictures that are larger than what is held at a time
-            patch.setattr(winograd, "_MOST_V", 36 * channels * across * 2)
-            patch.setattr(winograd, "_MOST_U", 36 * channels * 20)
+            patch.setattr(winograd, "_MAX_INPUT", 36 * channels * across * 2)
+            patch.setattr(winograd, "_MAX_WEIGHTS", 36 * channels * 20)
         require_alike(with_gradient(winograd.convolution, *args), args)
 
 
