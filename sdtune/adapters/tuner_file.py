@@ -9,8 +9,6 @@ JSON, and the modelspec (https://github.com/Stability-AI/ModelSpec) keys that ot
 
 import datetime
 import json
-import os
-import uuid
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..tuners.config import TunerConfig
+from . import disk
 
 FORMAT_VERSION = "1"
 FILE_NAME = "tuner.safetensors"
@@ -53,10 +52,7 @@ class TunerFile:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file and the folders to it, atomically, also when several processes write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    disk.write_bytes(path, text.encode("utf-8"))
 
 
 def library_versions() -> dict[str, str]:
@@ -117,18 +113,11 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
         metadata["modelspec.trigger_phrase"] = file.trigger_words
     if resolution:
         metadata["modelspec.resolution"] = f"{resolution}x{resolution}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
-    try:
+    with disk.new_file(path) as part:
         part.touch()
         mode = part.stat().st_mode  # what the user's umask gives; save_file would make it private
         save_file(tensors, part, metadata=metadata)
         part.chmod(mode)
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -74,9 +74,7 @@ class TunerConfig:
         elif self.kind == FULL and self.ops != TunerConfig().ops:
             wrong.append(f"ops is {self.ops!r}; full fine-tuning changes every layer of the UNet: leave ops out")
         elif self.kind in list(LORAS) and "block" in self.ops:
-            wrong.append(
-                f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2, ff, conv, not on the whole block"
-            )
+            wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2, ff, conv, not on the whole block")
         elif self.kind in list(KINDS) and "conv" in self.ops:
             wrong.append(f"ops is {self.ops!r}; only {' and '.join(LORAS)} can be on conv: leave it out")
         if self.ffn_kind is not None:
