@@ -247,9 +247,8 @@ def _check_images(
         f"{len(names)} images are {what}: {shorten_list(names)}" for what, names in image_notes.items() if names
     ]
     if same := near_identical(pairs, pairs):
-        notes.append(
-            f"{len(same)} images are, nearly or fully, others: {shorten_list([f'{a} is {b}' for a, b in same])}"
-        )
+        names = shorten_list([f"{a} = {b}" for a, b in same])
+        notes.append(f"{len(same)} images are copies of others, or nearly: {names}")
     for note in notes:
         log(printable(note))
     return pairs
