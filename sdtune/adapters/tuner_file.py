@@ -9,6 +9,7 @@ JSON, and the modelspec (https://github.com/Stability-AI/ModelSpec) keys that ot
 
 import datetime
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -164,7 +165,7 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
             foreign = [k for k in keys if not k.startswith(("unet.", "lora_unet_"))]
             if foreign:
                 raise TunerFileError(
-                    f"{path} holds keys that are no tuner's: {_some(foreign)}; expected unet.* or lora_unet_* only"
+                    f"{path} holds keys that are no tuner's: {list_some(foreign)}; expected unet.* or lora_unet_* only"
                 )
             # get_tensor gives a view of the file, which would change with it
             tensors = {_plain_key(k): f.get_tensor(k).clone() for k in keys if not k.endswith(".alpha")}
@@ -190,7 +191,7 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
     if bad:
         kinds = ", ".join(sorted({str(tensors[k].dtype) for k in bad}))
         raise TunerFileError(
-            f"{path} holds weights that are NaN, infinite or non-float ({kinds}): {_some(bad)}; expected finite "
+            f"{path} holds weights that are NaN, infinite or non-float ({kinds}): {list_some(bad)}; expected finite "
             "weights of 16, 32 or 64 bits"
         )
     trigger = metadata.get("sdtune.trigger_words", "")
@@ -231,7 +232,10 @@ def is_plain_lora(path: Path) -> bool:
     """Whether a file holds a LoRA that another tool wrote (kohya, diffusers, ...)."""
     try:
         with safe_open(path, framework="pt") as f:
-            return "sdtune.format_version" not in (f.metadata() or {}) and any("lora" in k for k in f.keys())  # noqa: SIM118
+            return "sdtune.format_version" not in (f.metadata() or {}) and any(
+                re.search("lora|hada_|lokr_|oft_", k)
+                for k in f.keys()  # noqa: SIM118
+            )
     except (SafetensorError, OSError):
         return False
 
@@ -248,11 +252,11 @@ def check_fits(file: TunerFile, expected: dict[str, tuple[int, ...]], source) ->
     if missing or extra or wrong:
         parts = []
         if missing:
-            parts.append(f"{len(missing)} of the {len(expected)} expected are missing: {_some(missing)}")
+            parts.append(f"{len(missing)} of the {len(expected)} expected are missing: {list_some(missing)}")
         if extra:
-            parts.append(f"{len(extra)} are not expected: {_some(extra)}")
+            parts.append(f"{len(extra)} are not expected: {list_some(extra)}")
         if wrong:
-            parts.append(f"{len(wrong)} of another shape: {_some(wrong)}")
+            parts.append(f"{len(wrong)} of another shape: {list_some(wrong)}")
         raise TunerFileError(
             f"{source} does not fit this UNet ({'; '.join(parts)}). It was trained on "
             f"{file.base.get('name', 'an unnamed base')} with shape {file.base.get('shape', 'unknown')}; "
@@ -306,6 +310,7 @@ def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
         ) from error
 
 
-def _some(items: list[str], most: int = 4) -> str:
+def list_some(items: list[str], most: int = 4) -> str:
+    """The first few items, and how many more there are."""
     rest = len(items) - most
     return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
