@@ -171,6 +171,9 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
             module = known[model][_plain(path)][1] if known[model] is not None else None
             wide = None if module is None else tuple(module.weight.shape)
             if found.kind in ("LoRA", "DoRA"):
+                if wide and "A" in parts and shapes[parts["A"]][1:2] != wide[1:2]:
+                    wrong.append(f"the input of {path} is {shapes[parts['A']][1]} wide, this base's is {wide[1]}")
+                    continue
                 if not {"A", "B"} <= parts.keys():
                     wrong.append(f"{path} has only {' and '.join(sorted(parts))}")
                     continue
