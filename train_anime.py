@@ -53,14 +53,14 @@ def main() -> int:
         return 1
     except (MemoryError, torch.OutOfMemoryError):
         advice = "a smaller --batch_size with --gradient_accumulation_steps, or --gradient_checkpointing, needs less"
-        print(f"\nerror: the memory is full; {advice}. What is in {config.output} stays", file=sys.stderr)
+        print(f"\nerror: the memory is full; {advice}. What is in the output folder stays", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped while no step was running; what is in the output folder stays", file=sys.stderr)
         return 130
 
     if result.main:
-        name = "anime" if config.output == sdtune.TrainConfig.output else "mine"
+        name = "anime" if config.output is None else "mine"
         print(f"\nthe tuner     {result.tuner}\nthe preview   {result.preview}\nthe losses    {result.loss_plot}")
         print(f"the settings  {result.config}")
         print(HOW_TO_LOAD.format(base=config.base, tuner=result.tuner, name=name))

@@ -13,7 +13,7 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 
 from ..bases.properties import describe_base, get_unet
 from ..tuners.config import LORAS, TunerConfig
-from . import inject, lora, state, tuner_file
+from . import foreign_lora, inject, lora, state, tuner_file
 
 
 def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub) -> str:
@@ -61,7 +61,9 @@ def _load_plain_lora(pipe, path: Path, name: str) -> None:
     models = [m for m in (pipe.unet, getattr(pipe, "text_encoder", None)) if m is not None]
     with state.preserve_adapters(*models):
         try:
-            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+            foreign_lora.load(pipe, path, name)
+        except tuner_file.TunerFileError:
+            raise
         except Exception as error:  # diffusers raises many kinds
             if any(name in names for names in pipe.get_list_adapters().values()):
                 pipe.delete_adapters(name)

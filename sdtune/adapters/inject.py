@@ -7,6 +7,7 @@ renamed, so every key of the base stays as it was. The layer that holds the tune
 work on a tuner as on a LoRA, and on mixtures of the two.
 """
 
+import sys
 from functools import partial
 
 import torch
@@ -89,6 +90,7 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
         if isinstance(module, BaseTunerLayer):
             module.set_adapter([name])
             module.enable_adapters(True)
+    _forget_compiled_code()
 
 
 def adapter_parameters(unet, name: str) -> dict[str, nn.Parameter]:
@@ -114,6 +116,13 @@ def remove_adapter(unet, name: str, pipe=None) -> None:
             delattr(op, CHILD_NAME)
             for key in [k for k, hook in op._forward_hooks.items() if hook is add_residual]:
                 del op._forward_hooks[key], op._forward_hooks_with_kwargs[key]
+    _forget_compiled_code()
     if not tuner_names(unet):
         for name in ("fuse_lora", "load_lora_adapter", "unload_lora", "set_adapters"):
             unet.__dict__.pop(name, None)
+
+
+def _forget_compiled_code() -> None:
+    """Makes torch.compile compile again what it has compiled: it does not notice hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -9,8 +9,7 @@ JSON, and the modelspec (https://github.com/Stability-AI/ModelSpec) keys that ot
 
 import datetime
 import json
-import os
-import uuid
+import re
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..tuners.config import TunerConfig
+from . import disk
 
 FORMAT_VERSION = "1"
 FILE_NAME = "tuner.safetensors"
@@ -53,10 +53,7 @@ class TunerFile:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file and the folders to it, atomically, also when several processes write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    disk.write_bytes(path, text.encode("utf-8"))
 
 
 def library_versions() -> dict[str, str]:
@@ -117,18 +114,11 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
         metadata["modelspec.trigger_phrase"] = file.trigger_words
     if resolution:
         metadata["modelspec.resolution"] = f"{resolution}x{resolution}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
-    try:
+    with disk.new_file(path) as part:
         part.touch()
         mode = part.stat().st_mode  # what the user's umask gives; save_file would make it private
         save_file(tensors, part, metadata=metadata)
         part.chmod(mode)
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -175,7 +165,7 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
             foreign = [k for k in keys if not k.startswith(("unet.", "lora_unet_"))]
             if foreign:
                 raise TunerFileError(
-                    f"{path} holds keys that are no tuner's: {_some(foreign)}; expected unet.* or lora_unet_* only"
+                    f"{path} holds keys that are no tuner's: {list_some(foreign)}; expected unet.* or lora_unet_* only"
                 )
             # get_tensor gives a view of the file, which would change with it
             tensors = {_plain_key(k): f.get_tensor(k).clone() for k in keys if not k.endswith(".alpha")}
@@ -201,7 +191,7 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
     if bad:
         kinds = ", ".join(sorted({str(tensors[k].dtype) for k in bad}))
         raise TunerFileError(
-            f"{path} holds weights that are NaN, infinite or non-float ({kinds}): {_some(bad)}; expected finite "
+            f"{path} holds weights that are NaN, infinite or non-float ({kinds}): {list_some(bad)}; expected finite "
             "weights of 16, 32 or 64 bits"
         )
     trigger = metadata.get("sdtune.trigger_words", "")
@@ -242,7 +232,10 @@ def is_plain_lora(path: Path) -> bool:
     """Whether a file holds a LoRA that another tool wrote (kohya, diffusers, ...)."""
     try:
         with safe_open(path, framework="pt") as f:
-            return "sdtune.format_version" not in (f.metadata() or {}) and any("lora" in k for k in f.keys())  # noqa: SIM118
+            return "sdtune.format_version" not in (f.metadata() or {}) and any(
+                re.search("lora|hada_|lokr_|oft_", k)
+                for k in f.keys()  # noqa: SIM118
+            )
     except (SafetensorError, OSError):
         return False
 
@@ -259,11 +252,11 @@ def check_fits(file: TunerFile, expected: dict[str, tuple[int, ...]], source) ->
     if missing or extra or wrong:
         parts = []
         if missing:
-            parts.append(f"{len(missing)} of the {len(expected)} expected are missing: {_some(missing)}")
+            parts.append(f"{len(missing)} of the {len(expected)} expected are missing: {list_some(missing)}")
         if extra:
-            parts.append(f"{len(extra)} are not expected: {_some(extra)}")
+            parts.append(f"{len(extra)} are not expected: {list_some(extra)}")
         if wrong:
-            parts.append(f"{len(wrong)} of another shape: {_some(wrong)}")
+            parts.append(f"{len(wrong)} of another shape: {list_some(wrong)}")
         raise TunerFileError(
             f"{source} does not fit this UNet ({'; '.join(parts)}). It was trained on "
             f"{file.base.get('name', 'an unnamed base')} with shape {file.base.get('shape', 'unknown')}; "
@@ -317,6 +310,7 @@ def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
         ) from error
 
 
-def _some(items: list[str], most: int = 4) -> str:
+def list_some(items: list[str], most: int = 4) -> str:
+    """The first few items, and how many more there are."""
     rest = len(items) - most
     return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -4,10 +4,14 @@ Each picture of a batch has its own adapter weights, so a row of columns costs o
 instead of one per column.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from .. import kernels
@@ -50,6 +54,10 @@ def compare(
     Returns:
         title -> its `images` PIL pictures.
     """
+    if not isinstance(columns, Mapping) or not columns:
+        raise ValueError(f"columns is {columns!r}; it must map titles to adapters and their weights")
+    if not isinstance(images, int) or images < 1 or not isinstance(seed, int):
+        raise ValueError(f"images is {images!r} and seed {seed!r}; both must be whole numbers, images at least 1")
     cells = [
         Cell(prompt, seed + i, adapters, guidance, negative_prompt)
         for adapters in columns.values()
@@ -84,8 +92,9 @@ def draw_cells(
         One PIL picture per cell, in order.
 
     Raises:
-        ValueError: naming every adapter that is not attached.
+        ValueError: naming every adapter that is not attached, and every argument that is out of range.
     """
+    _check_arguments(pipe, cells, steps, size)
     known = {n for names in pipe.get_list_adapters().values() for n in names}
     unknown = sorted({n for cell in cells for n in cell.adapters} - known)
     if unknown:
@@ -115,12 +124,42 @@ def draw_cells(
             for group in groups:
                 own = [cells[i] for i in group]
                 pictures = _draw_group(pipe, own, steps, side, count)
+                if len(own) > 1 and not all(map(_is_finite, pictures)):  # one may have spoilt the others of its pass
+                    pictures = [_draw_group(pipe, [cell], steps, side, _no_count)[0] for cell in own]
                 for i, picture in zip(group, pictures):
-                    drawn[i] = picture
+                    drawn[i] = _to_image(pipe, picture, cells[i])
         finally:
             pipe.set_progress_bar_config(**silent)
             pipe.maybe_free_model_hooks()  # a pass that was broken off has not done so
     return drawn
+
+
+def _check_arguments(pipe, cells: Sequence[Cell], steps: int, size: int | None) -> None:
+    """Raises a ValueError that lists every argument that cannot be drawn with."""
+    wrong, unit = [], pipe.vae_scale_factor
+    if not isinstance(steps, int) or steps < 1:
+        wrong.append(f"steps is {steps!r}; it must be a whole number of at least 1")
+    if size is not None and (not isinstance(size, int) or size < unit or size % unit):
+        wrong.append(f"size is {size!r}; it must be a multiple of {unit}")
+    for cell in cells:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(cell, name), str):
+                wrong.append(f"{name} is {getattr(cell, name)!r}; it must be a text")
+        if not isinstance(cell.seed, int) or not 0 <= cell.seed < 2**63:
+            wrong.append(f"seed is {cell.seed!r}; it must be a whole number from 0")
+        if not _is_number(cell.guidance) or cell.guidance < 0:
+            wrong.append(f"guidance is {cell.guidance!r}; it must be a number of at least 0")
+        if not isinstance(cell.adapters, Mapping):
+            wrong.append(f"a column is {cell.adapters!r}; it must map adapters to their weights, as {{'anime': 1.0}}")
+        else:
+            wrong += [f"the weight of {n!r} is {w!r}; it must be a finite number"
+                      for n, w in cell.adapters.items() if not _is_number(w)]  # fmt: skip
+    if wrong:
+        raise ValueError("this cannot be drawn: " + "; ".join(dict.fromkeys(wrong)))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _groups(pipe, cells: Sequence[Cell], batch: int) -> Iterator[list[int]]:
@@ -154,6 +193,7 @@ def _draw_group(pipe, cells: list[Cell], steps: int, side: int, count) -> list:
         prompt_embeds=torch.stack([t[0] for t in texts]),
         negative_prompt_embeds=torch.stack([t[1] for t in texts]) if guided else None,
         num_inference_steps=steps, guidance_scale=guidance, height=side, width=side, callback_on_step_end=count,
+        output_type="np",
         generator=[torch.Generator("cpu").manual_seed(cell.seed) for cell in cells],
     )  # fmt: skip
     if len(set(map(_key, cells))) == 1:  # all alike, and already active
@@ -163,6 +203,26 @@ def _draw_group(pipe, cells: list[Cell], steps: int, side: int, count) -> list:
     weights = {n: [float(cell.adapters.get(n, 0.0)) for cell in cells] for n in names}
     with per_sample.per_sample_weights(pipe.unet, weights, repeat=2 if guided else 1), graphs.graphed_unet(pipe.unet):
         return pipe(**arguments).images
+
+
+def _no_count(_pipe, _step, _timestep, _tensors):
+    return {}
+
+
+def _is_finite(picture: np.ndarray) -> bool:
+    return bool(np.isfinite(picture).all())
+
+
+def _to_image(pipe, picture: np.ndarray, cell: Cell) -> Image.Image:
+    """The picture (h, w, 3) of values 0 to 1 as an image; if it is not finite, an image that says so, and a warning."""
+    if _is_finite(picture):
+        return pipe.image_processor.numpy_to_pil(picture)[0]
+    names = " + ".join(f"{n} at {w:g}" for n, w in cell.adapters.items()) or "the base"
+    warnings.warn(f"the picture of {names} from seed {cell.seed} is not finite (NaN or infinity)", stacklevel=4)
+    image = Image.new("RGB", (picture.shape[1], picture.shape[0]), "#777777")
+    text = f"no picture:\nnot finite\n(NaN) with\n{names}"
+    ImageDraw.Draw(image).multiline_text((6, 6), text, "white", ImageFont.load_default(14))
+    return image
 
 
 def _activate(pipe, adapters: dict[str, float]) -> None:

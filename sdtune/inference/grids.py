@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..adapters import disk
+
 
 def make_grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str], cell: int = 192) -> Image.Image:
     """A grid of pictures with a title over each column and a label at the left of each row, both wrapped.
@@ -37,9 +39,8 @@ def make_grid(rows: list[list[Image.Image]], columns: list[str], labels: list[st
 
 def write_png(picture: Image.Image, path: Path) -> None:
     """Writes a PNG file atomically: a reader sees the old file or the whole new one."""
-    part = path.with_name(f".{path.name}.part")
-    picture.save(part, format="PNG")
-    part.replace(path)
+    with disk.new_file(path) as part:
+        picture.save(part, format="PNG")
 
 
 def mean_difference(a: Image.Image, b: Image.Image) -> float:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..adapters import disk
+
 
 def plot_losses(path: Path, losses: list[float], heldout: dict[int, float], title: str) -> None:
     """The loss of every step with its running mean, and the held-out loss where there is one."""
@@ -22,4 +24,5 @@ def plot_losses(path: Path, losses: list[float], heldout: dict[int, float], titl
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    with disk.new_file(path) as part:
+        figure.savefig(part, format="png")

@@ -4,7 +4,9 @@ import secrets
 import shutil
 from pathlib import Path
 
-from ..adapters import tuner_file
+from safetensors import SafetensorError, safe_open
+
+from ..adapters import disk, tuner_file
 from .errors import PageError
 from .files import AdapterFiles
 from .output_folder import OutputFolder
@@ -25,15 +27,21 @@ def add_upload(source: str | Path, files: AdapterFiles, output: OutputFolder) ->
     source = Path(source)
     if source.suffix.lower() != ".safetensors":
         raise PageError(f"{source.name} is not a .safetensors file. Other formats can run code when they are read.")
+    try:
+        with safe_open(source, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise PageError(
+            f"{source.name} was not added: it is no whole safetensors file ({error}), whatever its name says."
+        ) from error
     name = make_slug(source.stem) or "file"
     target = output.path / "uploads" / f"{name}.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and target.read_bytes() != source.read_bytes():
         target = target.with_stem(f"{name}-{secrets.token_hex(2)}")
     if not target.exists():
-        part = target.with_name(f".{secrets.token_hex(8)}.part")
-        shutil.copyfile(source, part)
-        part.replace(target)
+        with disk.new_file(target) as part:
+            shutil.copyfile(source, part)
     files.scan()
     return next((file.label for file in files.by_label.values() if file.path == target), target.stem)
 

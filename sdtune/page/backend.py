@@ -31,7 +31,7 @@ class Backend:
         self.guidance = default_guidance(self.pipe)
         self.output = OutputFolder(output)
         self.queue = Queue()
-        self.files = AdapterFiles([ASSETS, self.output.path], self.pipe.unet)
+        self.files = AdapterFiles([ASSETS, self.output.path], self.pipe.unet, self.pipe.text_encoder)
         self.drawings = Drawings(self.pipe, self.base_name, self.queue, self.files, self.output)
         self.side = self.drawings.side
         self.datasets = Datasets(self.output, self.pipe.tokenizer, self.side)

@@ -4,6 +4,7 @@ import traceback
 
 import torch
 
+from ..adapters import disk
 from ..training.errors import DataError, TrainError
 
 
@@ -21,6 +22,8 @@ def plain_message(error: BaseException) -> str:
         return "The images cannot be used: " + "; ".join(error.problems)
     if isinstance(error, (ValueError, TrainError)):
         return " ".join(str(error).split())
+    if disk.is_full(error):
+        return "The disk of the page's output folder is full. Free some space, then try again."
     traceback.print_exception(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "The memory is full. Try a smaller size, fewer images or a smaller batch."

@@ -1,6 +1,5 @@
 """The adapter files that the page offers: tuners and LoRAs, what their metadata says, and whether they fit the base."""
 
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
-from ..adapters import api, tuner_file
+from ..adapters import api, foreign_lora, tuner_file
 from ..bases import load
 from ..tuners.config import fields_of
 from .errors import PageError
@@ -45,17 +44,22 @@ class AdapterFile:
 class AdapterFiles:
     """The adapter files below some folders, by label. `version` increases whenever the list has changed."""
 
-    def __init__(self, folders: Sequence[Path], unet):
+    def __init__(self, folders: Sequence[Path], unet, text_encoder=None):
         self.folders, self.version = list(folders), 1
         self.by_label: dict[str, AdapterFile] = {}
         with torch.device("meta"):  # a UNet of the same shape, without weights, that no other thread changes
             self._unet = UNet2DConditionModel.from_config(unet.config)
+<<<<<<< HEAD
         self._input_widths = {
             name.replace(".", "_"): (module.in_features if isinstance(module, torch.nn.Linear) else module.in_channels)
             for name, module in self._unet.named_modules()
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         }
         self._known: dict[tuple, AdapterFile] = {}  # (label, path, time of change, size, preview) -> what was read
+=======
+            self._text_encoder = text_encoder and type(text_encoder)(text_encoder.config)
+        self._known: dict[tuple, AdapterFile] = {}  # (label, path, time of change, size) -> what was read
+>>>>>>> faults
         self._lock = threading.Lock()
         self.scan()
 
@@ -162,31 +166,18 @@ class AdapterFiles:
         return f"it was trained on a base of another shape ({'; '.join(differences)})" if differences else ""
 
     def _read_lora(self, label: str, path: Path, facts: dict) -> AdapterFile:
-        """Reads a LoRA of any tool. It fits if its layers are layers of this UNet with inputs of the same width."""
+        """Reads a LoRA of any tool. Whether it fits is decided as `sdtune.load_tuner` does."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            keys = [k for k in file.keys() if re.search(r"lora(_A|[._]down)\.", k)]  # noqa: SIM118
-            shapes = {k: file.get_slice(k).get_shape() for k in keys}
-        known_layers, problem, rank = 0, "", 0
-        for key, shape in shapes.items():
-            if key.startswith(("text_encoder", "lora_te")):
-                continue
-            layer = re.sub(r"\.?(lora_A(\.\w+)?|lora[._]down)\.weight$", "", key)
-            layer = re.sub(r"^(unet\.|lora_unet_)", "", layer).replace(".processor", "").replace(".", "_")
-            layer = layer.removesuffix("_lora")
-            width = self._input_widths.get(layer, self._input_widths.get(f"{layer}_0"))
-            if width is None:
-                continue
-            known_layers, rank = known_layers + 1, shape[0]
-            if width != shape[1]:
-                problem = problem or f"the input of its layer {layer} is {shape[1]} wide, this base's is {width}"
-        if not known_layers:
-            problem = "none of its layers is in this base's UNet"
+        kind, problem, details = "LoRA", "", ""
+        try:
+            found = foreign_lora.inspect(path, self._unet, self._text_encoder)
+            kind, details = found.kind, "; ".join(filter(None, (f"rank {found.rank}", found.left_out())))
+        except tuner_file.TunerFileError as error:
+            problem = str(error).replace(str(path), path.name)
         base = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture") or ""
         trigger_words = metadata.get("modelspec.trigger_phrase", "")
-        return AdapterFile(
-            label, path, "LoRA", problem, base[:200], trigger_words[:500], details=f"rank {rank}", **facts
-        )
+        return AdapterFile(label, path, kind, problem, base[:200], trigger_words[:500], details=details, **facts)
 
 
 def _is_listed(folder: Path, path: Path) -> bool:

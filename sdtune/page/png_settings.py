@@ -14,6 +14,8 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..adapters import disk
+
 MAX_CHARACTERS, MAX_COLUMNS, MAX_IMAGES, MAX_WEIGHT = 10_000, 12, 64, 5
 
 
@@ -86,7 +88,8 @@ def write_png(
     info.add_text("parameters", f"{text}\n{', '.join(f'{k}: {v}' for k, v in facts.items())}")
     chunk = {"version": 1, **asdict(settings), "column": column, "image": image, "base": base}
     info.add_text("sdtune", json.dumps(chunk | ({"axes": axes} if axes else {})))
-    picture.save(path, pnginfo=info)
+    with disk.new_file(path) as part:
+        picture.save(part, format="PNG", pnginfo=info)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters import tuner_file
-from ..training import dataset
+from ..training import checkpoints, dataset
 from ..training.config import TrainConfig
 from ..training.errors import Stopped
 from ..tuners.config import TunerConfig, fields_of
@@ -66,7 +67,8 @@ class Trainings:
         self.base = base
         self.queue, self.files, self.datasets, self.output = queue, files, datasets, output
         self._by_window: dict[str, Job] = {}
-        self._without_window: Job | None = None  # the last training whose window was closed while it ran
+        # the last training whose window was closed before its end; at the start an unfinished one on the disk
+        self._without_window: Job | None = self._find_unfinished()
 
     def plan(
         self, uploaded: UploadedImages | None, captions: Sequence[str], source: str, name: str, kind: str, steps,
@@ -137,8 +139,30 @@ class Trainings:
     def close_window(self, window: str) -> None:
         """Keeps the training of a closed window for other windows, if it has not finished."""
         job = self._by_window.pop(window, None)
-        if job and not job.finished:
+        if job and (job.resumable or not job.finished):
             self._without_window = job
+
+    def _find_unfinished(self) -> Job | None:
+        """The training below the output folder that stopped last at a checkpoint, as a job that can be resumed."""
+        found = []
+        for folder in {path.parent for path in self.output.path.glob("*/checkpoints")}:
+            steps = checkpoints.list_checkpoints(folder)
+            if steps and not (folder / tuner_file.FILE_NAME).exists():
+                found.append((steps[-1].stat().st_mtime, folder, steps[-1]))
+        for _, folder, last in sorted(found, reverse=True):
+            try:
+                settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                known = {f.name for f in dataclasses.fields(TrainConfig)}
+                config = TrainConfig(**{k: v for k, v in settings["train"].items() if k in known}, output=str(folder))
+                run = TrainingRun(config, TunerConfig(**settings["tuner"]))
+                losses = json.loads((last / "state.json").read_text(encoding="utf-8"))["losses"]
+            except (OSError, ValueError, TypeError, KeyError):  # not a run, or a damaged one
+                continue
+            return Job(
+                None, "training", "training", self._train, state="stopped", done=len(losses), total=config.steps,
+                losses=losses, run=run, resumable=True, result=last / tuner_file.FILE_NAME,
+            )  # fmt: skip
+        return None
 
     def first_prompt(self, job: Job) -> str:
         """A prompt to draw with the trained tuner: the first caption with the trigger words; "" if there is none."""

@@ -6,17 +6,20 @@ far), and what Accelerate saves: optimizer, learning rate schedule, loss scale a
 
 import json
 import shutil
+import zlib
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from ..adapters import tuner_file
-from .errors import TrainError
+from ..adapters import disk, tuner_file
+from .errors import TrainError, shorten_list
 
 FOLDER = "checkpoints"
+MANIFEST = "files.json"  # size in bytes and CRC-32 of every other file of a checkpoint
 # settings that a resumed run may change
 CHANGEABLE = {"steps", "checkpoint_every", "preview_every", "preview_prompts", "preview_steps", "guidance_scale",
               "report_to", "data", "base"}  # fmt: skip
@@ -32,6 +35,7 @@ class CheckpointState:
         heldout: step -> loss of each held-out image.
         settings, tuner: the training settings as they are used, and the `TunerConfig`.
         best: step and weights of the lowest held-out loss, if they are kept.
+        digests: of the data and the base (`setup.collect_digests`); empty in checkpoints from before they were kept.
     """
 
     step: int
@@ -40,47 +44,96 @@ class CheckpointState:
     settings: dict
     tuner: dict
     best: tuple[int, torch.Tensor] | None = None
+    digests: dict = field(default_factory=dict)
 
 
-def find_checkpoint(output: Path, resume: bool) -> Path | None:
-    """The folder of the last checkpoint if `resume`, else None.
+def list_checkpoints(output: Path) -> list[Path]:
+    """The folders of all checkpoints of a run, in the order of their steps."""
+    return sorted(f for f in (output / FOLDER).glob("step-*") if f.name[5:].isdigit() and f.is_dir())
+
+
+def find_checkpoint(output: Path, log: Callable[[str], None]) -> Path:
+    """The folder of the last checkpoint that is whole; damaged ones after it are logged.
 
     Raises:
-        TrainError: if there is no checkpoint to resume, or if an unfinished run would be overwritten.
+        TrainError: if there is none.
     """
-    folder = output / FOLDER
-    found = sorted(folder.glob("step-*/state.json"))
-    if resume:
-        if not found:
-            raise TrainError(f"nothing to resume: {folder} holds no checkpoint; start without --resume")
-        return found[-1].parent
-    is_finished = (output / tuner_file.FILE_NAME).exists()
-    if found and not is_finished:
-        raise TrainError(
-            f"{output} holds a run that stopped at step {int(found[-1].parent.name[5:])}. Continue it with "
-            "--resume, or give another --output, or delete the folder"
-        )
+    problems = []
+    for folder in reversed(list_checkpoints(output)):
+        problem = find_damage(folder)
+        if problem is None:
+            if problems:
+                log(f"{'; '.join(problems)}. The run continues from {folder.name}, the last whole checkpoint")
+            return folder
+        problems.append(f"the checkpoint {folder} is damaged ({problem})")
+    if problems:
+        raise TrainError(f"{'; '.join(problems)}, and there is no whole one. Start anew with another --output")
+    raise TrainError(f"nothing to resume: {output / FOLDER} holds no checkpoint; start without --resume")
+
+
+def find_damage(folder: Path) -> str | None:
+    """Which file of a checkpoint is missing or has another content than was written, or None if all are whole."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:  # a checkpoint from before there were manifests
+        files = {name: None for name in ("state.json", tuner_file.FILE_NAME, "optimizer.bin")}
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size == 0:
+            return f"{name} is empty"
+        if expected and size != expected[0]:
+            return f"{name} has {size:,} bytes instead of {expected[0]:,}"
+        if expected and _checksum(path) != expected[1]:
+            return f"the content of {name} has changed"
+    try:
+        json.loads((folder / "state.json").read_text())
+        tuner_file.load(folder)
+    except (ValueError, OSError) as error:
+        return " ".join(str(error).split())[:200]
     return None
 
 
-def remove_all(output: Path) -> None:
-    shutil.rmtree(output / FOLDER, ignore_errors=True)
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 22):
+            value = zlib.crc32(part, value)
+    return value
 
 
 @contextmanager
 def new_checkpoint(output: Path, step: int, accelerator: Accelerator):
-    """Gives a folder to write into in a `with`; at its end adds what Accelerate saves, and moves it to its place."""
+    """Gives a folder to write into in a `with`; at its end adds what Accelerate saves, and moves it to its place.
+
+    All of it is on the disk before it is moved. If anything fails, the unfinished folder is removed.
+    """
     final, part = output / FOLDER / f"step-{step:06d}", output / FOLDER / f".step-{step:06d}.part"
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    yield part
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
+    try:
+        yield part
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(part))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            files = sorted(p for p in part.rglob("*") if p.is_file())
+            manifest = {p.relative_to(part).as_posix(): (p.stat().st_size, _checksum(p)) for p in files}
+            for path in files:
+                disk.sync(path)
+            tuner_file.write_text(part / MANIFEST, json.dumps(manifest))
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            disk.sync(final.parent)
+    except BaseException:
+        if accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
 
 
@@ -91,12 +144,45 @@ def write_state(folder: Path, state: CheckpointState) -> None:
         torch.save(state.best, folder / "best.pt")
 
 
-def read_state(folder: Path, device: torch.device) -> CheckpointState:
-    state = CheckpointState(**json.loads((folder / "state.json").read_text()))
-    state.heldout = {int(step): losses for step, losses in state.heldout.items()}
-    if (folder / "best.pt").exists():
-        state.best = torch.load(folder / "best.pt", map_location=device, weights_only=True)
+def load(
+    folder: Path, accelerator: Accelerator, weights: dict[str, torch.Tensor], settings: dict, tuner: dict
+) -> CheckpointState:
+    """Reads a checkpoint: the tuner into `weights`, the rest into what is registered with Accelerate, and the state.
+
+    Raises:
+        TrainError: if it was written with other settings, or a file of it is damaged.
+    """
+    try:
+        state = CheckpointState(**json.loads((folder / "state.json").read_text()))
+        state.heldout = {int(step): losses for step, losses in state.heldout.items()}
+        if (folder / "best.pt").exists():
+            state.best = torch.load(folder / "best.pt", map_location=accelerator.device, weights_only=True)
+        check_settings(folder, state, settings, tuner)
+        file = tuner_file.load(folder)
+        tuner_file.check_fits(file, {k: tuple(p.shape) for k, p in weights.items()}, folder)
+        for name, p in weights.items():
+            p.copy_(file.tensors[name])
+        accelerator.load_state(str(folder))
+    except TrainError:
+        raise
+    except Exception as error:  # a damaged file of PyTorch gives many kinds of errors
+        reason = " ".join(str(error).split())[:300]
+        raise TrainError(
+            f"the checkpoint {folder} is damaged ({type(error).__name__}: {reason}); delete it, then --resume "
+            "continues from the one before it"
+        ) from error
     return state
+
+
+def drop_what_changed(state: CheckpointState, digests: dict, log: Callable[[str], None]) -> None:
+    """Logs how data and base differ from the checkpoint's; held-out losses of others are dropped, not joined."""
+    changes = describe_changes(state.digests, digests)
+    for change in changes.values():
+        log(f"note: {change}")
+    counts = {len(losses) for losses in state.heldout.values()}
+    if state.heldout and ({"base", "test"} & changes.keys() or counts != {len(digests["test"])}):
+        log("note: the held-out losses up to here were measured on others, so they are dropped")
+        state.heldout, state.best = {}, None
 
 
 def check_settings(folder: Path, state: CheckpointState, settings: dict, tuner: dict) -> None:
@@ -106,3 +192,23 @@ def check_settings(folder: Path, state: CheckpointState, settings: dict, tuner: 
     if changed:
         differences = "; ".join(f"{k} was {old.get(k)!r} and is {new[k]!r}" for k in changed)
         raise TrainError(f"{folder} cannot be resumed with other settings: {differences}")
+
+
+def describe_changes(old: dict, new: dict) -> dict[str, str]:
+    """What differs between the digests of a checkpoint and those of now: "base", "train" or "test" -> a sentence."""
+    found = {}
+    if old.get("base") not in (None, new["base"]):
+        found["base"] = "the weights of the base are others than those that this run was started on"
+    for split, title in (("train", "training"), ("test", "held-out")):
+        before, now = old.get(split), new[split]
+        if before is None or before == now:
+            continue
+        lists = {
+            "changed": [n for n in now if before.get(n, now[n]) != now[n]],
+            "new": [n for n in now if n not in before],
+            "gone": [n for n in before if n not in now],
+        }
+        parts = [f"{len(names)} {what} ({shorten_list(names)})" for what, names in lists.items() if names]
+        what = "; ".join(parts) or "in another order"
+        found[split] = f"the {title} pictures or captions are not those of the checkpoint: {what}"
+    return found

@@ -6,6 +6,8 @@ Imports nothing heavy, so that `--help` and wrong flags are answered at once.
 from dataclasses import dataclass, field
 from typing import Literal
 
+DEFAULT_OUTPUT = "output/anime"
+
 
 def _option(default, help: str):
     """A dataclass field with a help text, which `HfArgumentParser` shows."""
@@ -24,7 +26,8 @@ class TrainConfig:
 
     data: str = _option("assets/anime", "folder of images and captions, or a hub data set")
     base: str = _option("tiny-sd", "tiny-sd, a diffusers folder, a .safetensors checkpoint, or a hub id")
-    output: str = _option("output/anime", "folder for the tuner, previews, loss curve and checkpoints")
+    output: str | None = _option(None, "folder for the tuner, previews, loss curve and checkpoints; default: "
+                                 "output/anime, or where that is taken output/anime-2 and so on")  # fmt: skip
     steps: int = _option(500, "optimizer steps")
     batch_size: int = _option(10, "images per step and process")
     gradient_accumulation_steps: int = _option(1, "batches per optimizer step")

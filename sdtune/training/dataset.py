@@ -4,15 +4,17 @@ Every problem of a data set is found before any model is loaded, and all of them
 caption is ever left out silently: what is not used is reported as a problem or as a note.
 """
 
+import hashlib
 import io
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -25,7 +27,7 @@ from .captions import (
     read_metadata,
 )
 from .errors import DataError, printable, shorten_list
-from .images import FORMATS, UNREAD_SUFFIXES, explain_image_error, open_file, open_image
+from .images import FORMATS, UNREAD_SUFFIXES, explain_image_error, explain_profile, open_file, open_image
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,15 @@ class Pair:
     Attributes:
         name: of the file, relative to the data set's folder, or "row N" in a hub data set.
         open: reads the image file and returns it as an upright RGB image, with transparent parts white.
+        digest: SHA-256 of the image file; empty where it was not read from a file.
+        thumbnail: the image in 16 x 16 pixels, (768,) in grey levels, by which near-identical images are found.
     """
 
     name: str
     caption: str
     open: Callable[[], Image.Image]
+    digest: str = ""
+    thumbnail: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 class ImageFile(NamedTuple):
@@ -64,7 +70,12 @@ def read_splits(
                 break  # the other split has the same problem
     if problems:
         raise DataError(source, problems)
-    return found[0], found[1]
+    train, heldout = found
+    if same := near_identical(heldout, train):
+        names = shorten_list([f"{a} = {b}" for a, b in same])
+        log(f"{len(same)} of {len(heldout)} held-out images are copies of training images, or nearly: the held-out "
+            f"loss tells little about new ones: {names}")  # fmt: skip
+    return train, heldout
 
 
 def read_pairs(
@@ -103,6 +114,11 @@ def read_pairs(
         return []
     else:
         folder, names = root, [n for n in list_files(root, problems) if not n.startswith("test/")]
+    repeats = sorted({part for n in names for part in n.split("/")[:-1] if re.match(r"\d+_", part)})
+    if repeats:
+        notes.append(
+            f"the numbers before _ in {shorten_list(repeats)} are not used as repeats; every image counts once"
+        )
     images = match_captions(folder, names, problems, notes)
     return _check_images(folder, images, resolution, problems, notes, log)
 
@@ -192,30 +208,37 @@ def _check_images(
     image_notes = {
         f"smaller than {resolution} px and will be enlarged": [],
         "not square; the middle of each is used": [],
+        "cut by more than half, to the square in their middle": [],
         "animated or of several pages; the first picture of each is used": [],
+        "in a colour profile that cannot be used, and are read as sRGB": [],
     }
     for name, caption, read_bytes in tqdm(images, desc="checking images", disable=len(images) < 200, leave=False):
         for what, text in (("file name", name), ("caption", caption or "")):
             if re.search("[\ud800-\udfff]", text):
                 problems.append(f"{name}: its {what} is not valid Unicode; write it anew")
-        pairs.append(Pair(name, caption or "", partial(_open_bytes, read_bytes)))
         try:
             content = read_bytes()
             if not content:
                 raise EOFError("the file is empty")
             with open_file(io.BytesIO(content)) as image:
                 is_animated = getattr(image, "is_animated", False)
-                width, height = open_image(image).size
+                bad_profile = explain_profile(image)
+                opened = open_image(image)
         except Exception as error:  # decoders raise many kinds of exceptions on damaged files
             problems.append(f"{name}: {explain_image_error(error)}")
             continue
+        thumbnail = np.asarray(opened.resize((16, 16), Image.Resampling.BOX), np.uint8).ravel()
+        digest = hashlib.sha256(content).hexdigest()
+        pairs.append(Pair(name, caption or "", partial(_open_bytes, read_bytes), digest, thumbnail))
+        width, height = opened.size
         if min(width, height) < least:
             problems.append(f"{name}: {width} x {height} is too small; {resolution} px need {least} x {least} or more")
-        for names, applies in zip(
-            image_notes.values(), (min(width, height) < resolution, width != height, is_animated)
-        ):
+        lost = 1 - min(width, height) / max(width, height)
+        found = (min(width, height) < resolution, lost > 0, lost > 0.5, is_animated, bad_profile)
+        texts = (name, name, f"{name} ({lost:.0%} of it)", name, f"{name} ({bad_profile})")
+        for names, applies, text in zip(image_notes.values(), found, texts):
             if applies:
-                names.append(name)
+                names.append(text)
     if not images and not problems:
         problems.append("no images; expected files such as picture.png with captions")
     if problems:
@@ -223,9 +246,34 @@ def _check_images(
     notes = notes + [
         f"{len(names)} images are {what}: {shorten_list(names)}" for what, names in image_notes.items() if names
     ]
+    if same := near_identical(pairs, pairs):
+        names = shorten_list([f"{a} = {b}" for a, b in same])
+        notes.append(f"{len(same)} images are copies of others, or nearly: {names}")
     for note in notes:
         log(printable(note))
     return pairs
+
+
+def near_identical(pairs: list[Pair], others: list[Pair]) -> list[tuple[str, str]]:
+    """The names of pairs whose image is one of the others, byte for byte or but for its size and compression.
+
+    Args:
+        others: may be `pairs`; then each image is compared with those before it.
+    """
+    is_same_list, found = pairs is others, []
+    thumbnails = np.array([p.thumbnail for p in others if p.thumbnail is not None], np.float32)
+    if len(thumbnails) < len(others) or any(p.thumbnail is None for p in pairs) or not others:
+        return []
+    for i, pair in enumerate(pairs):
+        before = thumbnails[:i] if is_same_list else thumbnails
+        own = pair.thumbnail.astype(np.float32)
+        # a picture of one colour is the same as another only if the file is the same
+        limit = 1.5 if own.std() > 4 else -1.0
+        close = np.square(before - own).mean(1) <= limit if len(before) else np.zeros(0, bool)
+        j = next((j for j in range(len(before)) if close[j] or others[j].digest == pair.digest), None)
+        if j is not None:
+            found.append((pair.name, others[j].name))
+    return found
 
 
 def _open_bytes(read_bytes: Callable[[], bytes]) -> Image.Image:

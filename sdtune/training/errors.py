@@ -18,6 +18,10 @@ class TrainError(RuntimeError):
     """A run cannot start or continue; the message says what was found and what to do."""
 
 
+class DiskFullError(TrainError):
+    """The disk of the output folder is full; what was being written has been removed."""
+
+
 class Stopped(TrainError):
     """A signal has ended a run after a checkpoint was written.
 

@@ -1,10 +1,11 @@
 """Opens image files as upright RGB images, and explains why a file cannot be opened."""
 
+import io
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
 # image formats that are not read: such a file is reported as a problem, while other files are only noted
@@ -29,7 +30,9 @@ def open_file(file: str | Path | BinaryIO) -> Image.Image:
 
 
 def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
-    """An upright RGB image: EXIF rotation is applied, 16 bits are scaled to 8, and transparent parts become white.
+    """An upright sRGB image: EXIF rotation is applied, 16 bits are scaled to 8, and transparent parts become white.
+
+    Colours are converted from the image's embedded profile, if it has one that can be used (`explain_profile`).
 
     Raises:
         OSError, ValueError, or another exception of Pillow: if the file is damaged or its format is not read.
@@ -43,10 +46,60 @@ def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
         white = next((w for w in possible_whites if brightest <= w), brightest)
         grey[grey == image.info.get("transparency")] = white
         return Image.fromarray((grey / white * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
+    has_transparency = image.has_transparency_data
+    image = _convert_to_srgb(image)
+    if has_transparency:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def explain_profile(image: Image.Image) -> str:
+    """Why the colour profile of an image cannot be used; empty if it can, or if there is none."""
+    try:
+        transform = _srgb_transform(image)
+        if transform:
+            transform.apply(Image.new(transform.input_mode, (1, 1)))
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+def _srgb_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """The transform from an image's profile to sRGB, or None if it has none or it is sRGB already.
+
+    Raises:
+        PyCMSError, OSError or ValueError: if the profile is damaged or does not belong to this kind of image.
+    """
+    content = image.info.get("icc_profile")
+    if not content or image.mode.startswith("I") or image.mode == "F":
+        return None
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+    mode = {"CMYK": "CMYK", "LAB": "LAB", "L": "L", "LA": "L", "1": "L"}.get(image.mode, "RGB")
+    space = profile.profile.xcolor_space.strip()
+    if space == "GRAY" and mode == "RGB" and image.mode != "P":
+        mode = "L"  # an RGB picture of which the profile says that it is grey
+    if {"CMYK": "CMYK", "LAB": "Lab", "L": "GRAY", "RGB": "RGB"}[mode] != space:
+        raise ValueError(f"a profile for {space} in a picture of mode {image.mode}")
+    if (ImageCms.getProfileDescription(profile) or "").strip().startswith("sRGB"):
+        return None
+    return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+def _convert_to_srgb(image: Image.Image) -> Image.Image:
+    """The image in the colours of sRGB, RGB or RGBA; as it is if its profile cannot be used or it has none."""
+    try:
+        transform = _srgb_transform(image)
+        if transform is None:
+            return image
+        plain = image.convert("RGBA") if image.mode == "P" else image
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        converted = transform.apply(plain.convert(transform.input_mode))
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
 
 
 def crop_to_square(image: Image.Image, side: int) -> Image.Image:

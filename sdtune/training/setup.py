@@ -1,5 +1,6 @@
 """The parts of a run that are made once, before the first step: encoded data, optimizer, previews, settings."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from diffusers.optimization import get_scheduler
 from ..adapters import tuner_file
 from ..bases import properties
 from ..tuners.config import FULL, TunerConfig
-from . import checkpoints, dataset, encoding
+from . import dataset, encoding, run_folder
 from .config import TrainConfig
 from .dataset import Pair
 from .encoding import Encoded
@@ -114,11 +115,44 @@ def collect_settings(config: TrainConfig, resolution: int, learning_rate: float,
     return settings | {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
 
 
-def prepare_output(output: Path, settings: dict, tuner: TunerConfig, is_new: bool) -> None:
-    """Writes config.json; a new run removes the checkpoints and the tuner of an earlier, finished run."""
-    if is_new:
-        checkpoints.remove_all(output)
-        (output / tuner_file.FILE_NAME).unlink(missing_ok=True)
+def collect_digests(pipe, pairs: list[Pair], heldout: list[Pair]) -> dict:
+    """Short digests of what a run is about: of the base's weights, and of each picture with its caption.
+
+    Of each weight tensor only its shape and 16 values spread over it count, so that this takes no time.
+    """
+    digest = hashlib.sha256()
+    for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+        for name, tensor in model.state_dict().items():
+            values = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
+            digest.update(f"{name} {tuple(tensor.shape)} {values.tolist()}".encode())
+
+    def of_pairs(chosen: list[Pair]) -> dict[str, str]:
+        return {p.name: hashlib.sha256(f"{p.digest} {p.caption}".encode()).hexdigest()[:16] for p in chosen}
+
+    return {"base": digest.hexdigest()[:16], "train": of_pairs(pairs), "test": of_pairs(heldout)}
+
+
+def checkpoint_bytes(weights: torch.Tensor, config: TrainConfig) -> int:
+    """About how many bytes a checkpoint takes: the tuner and two moments of Adam in fp32, and some for the rest."""
+    return weights.numel() * 4 * (4 if config.stop_when else 3) + 300_000
+
+
+def describe_run(weights: torch.Tensor, accelerator: Accelerator, scheduler) -> str:
+    """What is trained, where and in which precision, as a line."""
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    return (
+        f"{weights.numel():,} trainable parameters on {accelerator.device} in {precision}; "
+        f"the base predicts {scheduler.config.prediction_type}"
+    )
+
+
+def prepare_output(output: Path, settings: dict, tuner: TunerConfig, step: int | None) -> None:
+    """Writes config.json, and removes what is left of a run that did not get to its first checkpoint.
+
+    Args:
+        step: from which the run continues, or None for a new run.
+    """
+    run_folder.remove_leftovers(output, step)
     text = {"train": settings, "tuner": asdict(tuner), "versions": tuner_file.library_versions()}
     tuner_file.write_text(output / "config.json", json.dumps(text, indent=2) + "\n")
 

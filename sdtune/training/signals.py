@@ -5,9 +5,12 @@ import signal
 
 from . import launch
 
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]  # Windows has no SIGHUP
+
 
 class CatchSignals:
-    """In a `with`, stores SIGINT or SIGTERM in `number` instead of ending the process; a second one ends it as usual.
+    """In a `with`, stores SIGINT, SIGTERM or SIGHUP in `number` instead of ending the process; a second one ends it as
+    usual. A signal that the process ignores, as SIGHUP under nohup, stays ignored.
 
     Under `accelerate launch` the end of the launcher counts as SIGTERM, because the launcher does not pass signals on.
     """
@@ -17,8 +20,9 @@ class CatchSignals:
         self._launcher = os.getppid() if launch.ACCELERATE_PRECISION in os.environ else None
         self._old_handlers = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old_handlers[number] = signal.signal(number, self._store)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._old_handlers[number] = signal.signal(number, self._store)
         except ValueError:  # not in the main thread: there the caller handles signals
             pass
         return self

@@ -7,7 +7,7 @@ Accelerate provides the device, mixed precision, gradient clipping, several proc
 
 import signal
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from ..bases import load, properties
 from ..inference import plots
 from ..kernels.cuda import graphs
 from ..tuners.config import TunerConfig
-from . import checkpoints, setup
+from . import checkpoints, run_folder, setup
 from .accelerator import create_accelerator
 from .checkpoints import CheckpointState
 from .config import TrainConfig
@@ -65,7 +65,8 @@ def fit(
 ) -> Result:
     """Trains a tuner on a folder of images with captions.
 
-    Writes into `config.output`: tuner.safetensors, preview.png, loss.png, config.json, checkpoints/ and previews/.
+    Writes into `config.output`, by default the first free one of output/anime, output/anime-2, ...:
+    tuner.safetensors, preview.png, loss.png, config.json, checkpoints/ and previews/.
 
     Args:
         tuner: what to train; by default `TunerConfig()`, a Res-Attn tuner.
@@ -75,10 +76,16 @@ def fit(
     Raises:
         DataError, BaseError: before any training, with everything that is wrong with the data or the base.
         Stopped: after a signal, once a checkpoint has been written.
-        TrainError: if the output folder holds an unfinished run and `resume` is off, if there is nothing to resume,
-            or if the loss is not finite; in that case the last good weights are in the output folder.
+        TrainError: if the output folder holds what an earlier run has trained and `resume` is off, or is in use; if
+            there is nothing to resume, if the disk is full, or if the loss is not finite; in that case the last good
+            weights are in the output folder.
     """
-    trainer = Trainer(config, tuner or TunerConfig())
+    with run_folder.RunFolder() as folder:
+        return _run(Trainer(config, tuner or TunerConfig(), folder), on_step)
+
+
+def _run(trainer: "Trainer", on_step: Callable[[int, float], bool | None] | None) -> Result:
+    config = trainer.config
     with CatchSignals() as signals:
         # a resumed run may have been stopped after its checkpoint was written and before its preview was drawn
         ended = trainer.done and trainer.preview_and_check_stopping()
@@ -90,6 +97,8 @@ def fit(
                 trainer.read_pending_losses()
             has_new_loss = len(trainer.losses) > known_losses
             stop_requested = on_step and has_new_loss and on_step(len(trainer.losses), trainer.losses[-1])
+            if trainer.done == config.steps:
+                trainer.save_result()
             stop = trainer.max_over_processes(signals.number or (signal.SIGTERM if stop_requested else 0))
             if checkpoint_due or stop:
                 trainer.write_checkpoint()
@@ -122,8 +131,8 @@ class Trainer:
         weights: what is trained, as one fp32 vector.
     """
 
-    def __init__(self, config: TrainConfig, tuner: TunerConfig):
-        self.config, self.tuner, self.output = config, tuner, Path(config.output)
+    def __init__(self, config: TrainConfig, tuner: TunerConfig, folder: run_folder.RunFolder | None = None):
+        self.config, self.tuner, self.folder = config, tuner, folder or run_folder.RunFolder()
         resolution = config.resolution or load.native_resolution(config.base)
         self.accelerator = accelerator = create_accelerator(config)
         self.is_main, device = accelerator.is_main_process, accelerator.device
@@ -131,7 +140,8 @@ class Trainer:
 
         # data
         pairs, heldout = setup.read_pairs(config, resolution, self._print)
-        checkpoint = checkpoints.find_checkpoint(self.output, config.resume)
+        self.output, checkpoint = self.folder.claim(config, accelerator, self._print)
+        accelerator.project_configuration.set_directories(str(self.output))
         self._print(f"{len(pairs)} pairs from {config.data}" + (f", {len(heldout)} held out" if heldout else ""))
 
         # the frozen base
@@ -139,6 +149,7 @@ class Trainer:
         set_seed(config.seed)
         self.pipe = pipe = load.load_base(config.base)
         self.base = properties.describe_base(pipe)
+        self.digests = setup.collect_digests(pipe, pairs, heldout)
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         for model in (pipe.vae, pipe.text_encoder, pipe.unet):
             model.requires_grad_(False).eval()
@@ -176,19 +187,18 @@ class Trainer:
             self._restore(checkpoint)
         accelerator.wait_for_everyone()
         if self.is_main:
-            setup.prepare_output(self.output, self.settings, tuner, is_new=checkpoint is None)
+            setup.prepare_output(self.output, self.settings, tuner, self.done if checkpoint else None)
+            run_folder.require_space(self.output, setup.checkpoint_bytes(self.weights.vector, config), "a checkpoint")
         if config.report_to:
             setup.start_trackers(accelerator, self.settings, tuner)
-        precision = accelerator.mixed_precision.replace("no", "fp32")
-        prediction = self.scheduler.config.prediction_type
-        count = self.weights.vector.numel()
-        self._print(f"{count:,} trainable parameters on {device} in {precision}; the base predicts {prediction}")
+        self._print(setup.describe_run(self.weights.vector, accelerator, self.scheduler))
         set_training_mode(unet, True)
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.is_main)
 
     def _print(self, text: str) -> None:
         if self.is_main:
-            print(text, flush=True)
+            with suppress(OSError):  # a terminal that was closed must not end the run
+                print(text, flush=True)
 
     # ----------------------------------------------------------------------------------- the training step
 
@@ -338,30 +348,47 @@ class Trainer:
             TrainError: if the weights are not finite; the last good ones have been saved then.
         """
         self.read_pending_losses()
-        if not torch.isfinite(self.weights.vector).all():
-            self._save_good_weights_and_raise(f"the weights are not finite after step {self.done}")
+        self._check_weights()
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() < 1:
             self._save_good_weights_and_raise(
                 f"the gradients overflow in fp16 at step {self.done}, however small the loss is scaled"
             )
         state = CheckpointState(
-            self.done, self.losses, self.heldout.losses, self.settings, asdict(self.tuner), self.heldout.best
-        )
+            self.done, self.losses, self.heldout.losses, self.settings, asdict(self.tuner), self.heldout.best,
+            self.digests,
+        )  # fmt: skip
+        if self.is_main:
+            needed = setup.checkpoint_bytes(self.weights.vector, self.config)
+            run_folder.require_space(self.output, needed, f"the checkpoint of step {self.done}")
         with checkpoints.new_checkpoint(self.output, self.done, self.accelerator) as folder:
             if self.is_main:
                 self._save_tuner(folder / tuner_file.FILE_NAME, torch.float32)
                 checkpoints.write_state(folder, state)
 
+    def _check_weights(self) -> None:
+        if not torch.isfinite(self.weights.vector).all():
+            self._save_good_weights_and_raise(f"the weights are not finite after step {self.done}")
+
+    def save_result(self) -> None:
+        """Writes the tuner file after the last step, before the last checkpoint, which may find the disk full."""
+        self.read_pending_losses()
+        self._check_weights()
+        with self._evaluation_mode():
+            self.heldout.measure(self.done, self.weights.vector)
+        last = self.weights.vector.detach().clone()
+        if self.heldout.best:
+            self.kept_step, best_weights = self.heldout.best
+            self.weights.vector.data.copy_(best_weights)
+        if self.is_main:
+            self._save_tuner(self.output / tuner_file.FILE_NAME)
+        self.weights.vector.data.copy_(last)
+        self.kept_step = self.done
+
     def _restore(self, folder: Path) -> None:
         """Continues from a checkpoint that was written with the same settings."""
-        state = checkpoints.read_state(folder, self.accelerator.device)
-        checkpoints.check_settings(folder, state, self.settings, asdict(self.tuner))
-        file = tuner_file.load(folder)
-        tuner_file.check_fits(file, {k: tuple(p.shape) for k, p in self.weights.named.items()}, folder)
-        for name, p in self.weights.named.items():
-            p.copy_(file.tensors[name])
-        self.accelerator.load_state(str(folder))
+        state = checkpoints.load(folder, self.accelerator, self.weights.named, self.settings, asdict(self.tuner))
+        checkpoints.drop_what_changed(state, self.digests, self._print)
         self.done = self.kept_step = self.good_step = state.step
         self.losses = state.losses
         self.heldout.losses, self.heldout.best = state.heldout, state.best
@@ -379,7 +406,7 @@ class Trainer:
         """Saves the last weights that gave a finite loss as last-good.safetensors, and raises a TrainError."""
         self.weights.vector.data.copy_(self.good_weights)
         self.kept_step = self.good_step
-        path = self._save_tuner(self.output / "last-good.safetensors") if self.is_main else self.output
+        path = self._save_tuner(run_folder.new_last_good_path(self.output)) if self.is_main else self.output
         self.close()
         raise TrainError(
             f"{problem}. The last good weights, of step {self.kept_step}, are in {path}. Look at these pictures, lower "

@@ -1,14 +1,18 @@
 """Trainings of the page: names, the shell command, stop and resume, and closed windows."""
 
+import pickle
 import subprocess
 
 import pytest
+from training_runs import short_run
 from transformers.hf_argparser import HfArgumentParser
 
 import sdtune
 from sdtune.adapters import tuner_file
+from sdtune.page.backend import Backend
 from sdtune.page.errors import PageError
 from sdtune.page.training_jobs import TrainingRun, check_base
+from sdtune.training import errors
 
 
 def make_run(backend, name: str = "mine") -> TrainingRun:
@@ -81,3 +85,29 @@ def test_the_training_of_a_closed_window_is_shown_in_the_next_window(backend, wa
     wait_for(job)
     assert trainings.shown_in("third") is job and trainings.shown_in("after") is None
     assert trainings.shown_in("third") is job
+
+
+def test_an_unfinished_training_is_found_on_the_disk_after_a_restart(pairs, tmp_path):
+    config = short_run(pairs, tmp_path, steps=3)
+
+    def stop(done, loss):
+        return done == 1
+
+    with pytest.raises(errors.Stopped):
+        sdtune.fit(config, sdtune.TunerConfig(rank=2), stop)
+    backend = Backend("tiny-sd", tmp_path)
+    backend.queue.close()  # nothing is trained here
+    restarted = backend.trainings
+    job = restarted.shown_in("new window")
+    assert job.resumable and job.state == "stopped" and (job.done, job.total) == (1, 3)
+    assert job.run.config.output == config.output and job.run.tuner == sdtune.TunerConfig(rank=2)
+    restarted.close_window("new window")  # a reload of the page
+    resumed = restarted.resume("another window")
+    assert resumed.run.config.resume and len(resumed.losses) == 1
+
+
+def test_a_pickle_under_another_name_is_not_added(backend, tmp_path):
+    (tmp_path / "style.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(PageError, match="style.safetensors was not added"):
+        backend.add_upload(tmp_path / "style.safetensors")
+    assert not list(backend.output.path.rglob("*.safetensors"))

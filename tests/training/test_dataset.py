@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -266,7 +267,8 @@ def test_pairs_of_a_hub_data_set(hub, tmp_path):
     found = dataset.read_pairs("owner/name", SIDE, log=lines.append)
     assert [(p.name, p.caption) for p in found] == [("row 0", "one"), ("row 1", "two")]
     assert all(p.open().getpixel((0, 0)) == RED for p in found)
-    assert len(lines) == 1 and "not square" in lines[0]
+    assert "not square" in lines[0]
+    assert lines[1:] == ["1 images are copies of others, or nearly: row 1 = row 0"]
     assert dataset.read_pairs("owner/name", SIDE, "test") == []
 
 
@@ -289,3 +291,24 @@ def test_hub_problems_are_listed_at_once(hub, tmp_path):
 def test_a_hub_data_set_without_the_datasets_package(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert_only_problem("owner/name", "no such folder", "pip install")
+
+
+def test_copies_of_images_are_told_within_and_between_train_and_test(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    for name, side, suffix in (("train/a", SIDE, "png"), ("train/b", SIDE, "bmp"), ("test/c", SIDE * 2, "png")):
+        path = tmp_path / f"{name}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(noise).resize((side, side), Image.Resampling.NEAREST).save(path)
+        write_caption(path.with_suffix(".txt"))
+    write_image(tmp_path / "train/d.png", color=(1, 2, 3))
+    write_caption(tmp_path / "train/d.txt")
+    lines = []
+    dataset.read_splits(tmp_path, SIDE, lines.append)
+    assert "1 images are copies of others, or nearly: b.bmp = a.png" in lines
+    assert any(line.startswith("1 of 1 held-out images are copies") and "c.png = a.png" in line for line in lines)
+
+
+def test_the_repeats_of_kohyas_folders_are_said_not_to_be_used(tmp_path):
+    write_image(tmp_path / "10_girl" / "a.png")
+    write_caption(tmp_path / "10_girl" / "a.txt")
+    assert any("10_girl" in note and "not used as repeats" in note for note in read_notes(tmp_path))

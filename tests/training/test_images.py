@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from image_folders import RED, SIDE, assert_only_problem, read_image, read_notes, write_caption, write_image
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sdtune.training import dataset, images
 
@@ -112,9 +112,9 @@ def test_small_images_and_images_that_are_not_square_are_noted(tmp_path):
     for i in range(7):
         write_image(tmp_path / f"{i}.png", (SIDE // 2, SIDE // 2 + 1))
         write_caption(tmp_path / f"{i}.txt")
-    small, oblong = read_notes(tmp_path)
+    small, oblong, copies = read_notes(tmp_path)
     assert "7 images are smaller than 16 px" in small and "4.png and 2 more" in small
-    assert "not square" in oblong
+    assert "not square" in oblong and copies.startswith("6 images are copies of others, or nearly: 1.png = 0.png")
     write_image(tmp_path / "0.png", (SIDE // 2 - 1, 100))
     assert_only_problem(tmp_path, "0.png", "7 x 100 is too small", "8 x 8")
 
@@ -167,3 +167,40 @@ def test_crop_to_square_takes_the_middle():
     image.paste(RED, (16, 0, 32, 16))
     assert (np.asarray(images.crop_to_square(image, 16)) == RED).all()
     assert images.crop_to_square(image, 5).size == (5, 5)
+
+
+def test_colours_are_converted_from_the_embedded_profile_and_an_unusable_one_is_named(tmp_path):
+    green = (0, 255, 0)
+    write_image(tmp_path / "wide.png", color=green, icc_profile=wide_profile())
+    write_image(tmp_path / "damaged.png", color=green, icc_profile=b"no profile")
+    write_image(tmp_path / "srgb.png", color=(7, 200, 90), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())  # fmt: skip
+    assert read_image(tmp_path, "srgb.png")[0, 0].tolist() == [7, 200, 90]
+    assert read_image(tmp_path, "damaged.png")[0, 0].tolist() == [0, 255, 0]
+    assert read_image(tmp_path, "wide.png")[0, 0].tolist() == [255, 0, 0]  # the profile calls green what sRGB calls red
+    (note,) = (line for line in read_notes(tmp_path) if "profile" in line)
+    assert note.startswith("1 images are in a colour profile that cannot be used") and "damaged.png" in note
+    with images.open_image(tmp_path / "wide.png") as image:
+        image.putalpha(128)
+    assert images.open_image(image).getpixel((0, 0)) == (255, 127, 127)
+
+
+def wide_profile() -> bytes:
+    """The profile of a space whose red and green are sRGB's green and red."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for i in range(int.from_bytes(content[128:132], "big")):
+        at = 132 + 12 * i
+        name = bytes(content[at : at + 4])
+        if name in (b"rXYZ", b"gXYZ"):
+            content[at : at + 1] = b"g" if name == b"rXYZ" else b"r"
+        if name == b"desc":
+            start = int.from_bytes(content[at + 4 : at + 8], "big")
+            size = int.from_bytes(content[at + 8 : at + 12], "big")
+            text = content[start : start + size]
+            content[start : start + size] = text.replace(b"sRGB", b"wide").replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))  # fmt: skip
+    return bytes(content)
+
+
+def test_an_image_that_loses_more_than_half_to_the_crop_is_named_with_the_share(tmp_path):
+    write_image(tmp_path / "wide.png", (SIDE * 4, SIDE))
+    write_caption(tmp_path / "wide.txt")
+    assert any("cut by more than half" in note and "wide.png (75% of it)" in note for note in read_notes(tmp_path))

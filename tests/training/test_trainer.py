@@ -86,7 +86,7 @@ def test_gradients_are_clipped_before_the_update(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     sdtune.fit(short_run(pairs, tmp_path, max_grad_norm=0))
     free, norms[:] = norms[:], []
-    sdtune.fit(short_run(pairs, tmp_path, max_grad_norm=1e-4))
+    sdtune.fit(short_run(pairs, tmp_path / "clipped", max_grad_norm=1e-4))
     assert min(free) > 1e-3 and norms == pytest.approx([1e-4] * 4, rel=1e-3)
 
 

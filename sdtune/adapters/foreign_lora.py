@@ -1,0 +1,309 @@
+"""LoRA files of other tools: what they hold, whether it fits a base, and how it is loaded.
+
+Read are LoRA and DoRA in the formats of kohya and LyCORIS, diffusers (also the old one) and PEFT, and LoHa and LoKr. A
+file is applied exactly or refused by one TunerFileError; layers that the base lacks are told.
+"""
+
+import json
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoHaConfig, LoKrConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from .tuner_file import TunerFileError, list_some
+
+_PART = re.compile(
+    r"[._]?(?P<part>lora_[AB](?:\.\w+)?|lora_(?:down|up)|lora\.(?:down|up)|lora_linear_layer\.(?:down|up)|dora_scale|"
+    r"lora_magnitude_vector(?:\.\w+)?|alpha|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_\w+|diff_?b?|"
+    r"w_norm|b_norm|on_input|scale|[ab][12])(?:\.weight)?$"
+)
+_SAME = {"lora_down": "A", "lora.down": "A", "lora_linear_layer.down": "A", "lora_up": "B", "lora.up": "B",
+         "lora_linear_layer.up": "B", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}  # fmt: skip
+_PREFIXES = (("lora_unet_", "unet"), ("lora_te_", "text_encoder"), ("lora_te1_", "text_encoder"),
+             ("text_encoder.", "text_encoder"), ("unet.", "unet"), ("base_model.model.", "unet"))  # fmt: skip
+_OTHER_FAMILIES = {
+    "Stable Diffusion XL": r"^(lora_te2_|text_encoder_2\.)",
+    "Flux or Stable Diffusion 3": r"^(transformer\.|lora_transformer_|lora_unet_(double|single)_blocks|lora_te3_)",
+    "a video or DiT model": r"^(diffusion_model\.)",
+}
+
+
+@dataclass
+class ForeignLora:
+    """What a file holds for a base. `layers` maps "unet" or "text_encoder" -> layer path -> part -> key in the file."""
+
+    path: Path
+    kind: str
+    is_peft: bool
+    layers: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)  # layers that the base lacks
+    rank: int = 0
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.layers.values()))
+
+    def left_out(self) -> str:
+        """A sentence about the layers that are left out; empty if there are none."""
+        if not self.unknown:
+            return ""
+        total = self.count + len(self.unknown)
+        names = list_some(self.unknown)
+        return f"{len(self.unknown)} of its {total} layers are not in this base and are left out: {names}"
+
+
+def inspect(path: Path, unet, text_encoder=None) -> ForeignLora:
+    """Reads the keys and shapes of a file and compares them with a base; the page and `load` decide by this alone.
+
+    Args:
+        text_encoder: None leaves the layers of text encoders unchecked.
+
+    Raises:
+        TunerFileError: if the format is not read, or the layers do not fit this base.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TunerFileError(f"{path} is not a whole safetensors file ({error})") from error
+    for family, pattern in _OTHER_FAMILIES.items():
+        if any(re.search(pattern, k) for k in shapes):
+            raise TunerFileError(
+                f"{path} is a LoRA for {family}, which this base is not; use it with a base of that kind"
+            )
+    known = {"unet": _modules(unet), "text_encoder": None if text_encoder is None else _modules(text_encoder)}
+    found = ForeignLora(path, "LoRA", any(k.startswith("base_model.model.") for k in shapes))
+    parts_seen, odd, unknown = set(), [], {}
+    for key in shapes:
+        model, layer, part = _split(key)
+        if part is None:
+            odd.append(key)
+            continue
+        parts_seen.add(part)
+        if part == "alpha" and layer is None:
+            continue
+        real = layer if known[model] is None else known[model].get(_plain(layer), (None,))[0]
+        if real is None:
+            unknown.setdefault(layer, None)
+        else:
+            found.layers.setdefault(model, {}).setdefault(real, {})[part] = key
+    found.unknown = list(unknown)
+    found.kind = _kind(path, parts_seen, odd, shapes)
+    if not found.count:
+        raise TunerFileError(
+            f"{path} is a {found.kind} that does not fit this base: none of its {len(unknown)} layers is in it "
+            f"(such as {list_some(list(unknown), 2)}); use the base that it was made for"
+        )
+    _check_shapes(found, shapes, known)
+    return found
+
+
+def _modules(model) -> dict[str, tuple[str, nn.Module]]:
+    """The linear layers and convolutions of a model, by their path as kohya writes it: (path, layer)."""
+    ours = re.compile(r"\.(lora_|res_tuner)|_tuners?\.")
+    layers = (
+        (n.replace(".base_layer", ""), m)
+        for n, m in model.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and not ours.search(n)
+    )
+    return {_plain(n): (n, m) for n, m in layers}
+
+
+def _plain(path: str) -> str:
+    path = path.replace(".", "_").removeprefix("text_model_")
+    return re.sub(r"_to_out$", "_to_out_0", path.replace("_processor", ""))
+
+
+def _split(key: str) -> tuple[str, str | None, str | None]:
+    """The model, layer and part of a key; part None if it is none that is known."""
+    model, rest = "unet", key
+    for prefix, of in _PREFIXES:
+        if key.startswith(prefix):
+            model, rest = of, key.removeprefix(prefix)
+            if rest.startswith("unet."):
+                rest = rest.removeprefix("unet.")
+            elif rest.startswith("text_encoder."):
+                model, rest = "text_encoder", rest.removeprefix("text_encoder.")
+            break
+    match = _PART.search(rest)
+    if not match:
+        return model, None, None
+    part = match["part"]
+    if part.startswith(("lora_A", "lora_B")):
+        part = part[5]
+    elif part.startswith("lora_magnitude_vector"):
+        part = "magnitude"
+    layer = rest[: match.start()].removesuffix("_lora")
+    return model, layer, _SAME.get(part, part)
+
+
+def _kind(path: Path, parts: set[str], odd: list[str], shapes: dict) -> str:
+    names = {"LoHa": "hada_", "LoKr": "lokr_", "OFT": "oft_", "full difference": "diff", "norm": ("w_norm", "b_norm"),
+             "(IA)^3": "on_input", "GLoRA": ("a1", "a2", "b1", "b2")}  # fmt: skip
+    kinds = [name for name, start in names.items() if any(p.startswith(start) for p in parts)]
+    if {"A", "B"} & parts:
+        kinds.append("DoRA" if "magnitude" in parts else "LoRA")
+    elif "magnitude" in parts:
+        kinds.append("weight decomposition")
+    if len(kinds) != 1 or kinds[0] not in ("LoRA", "DoRA", "LoHa", "LoKr"):
+        what = " and ".join(kinds) or f"keys such as {list_some(odd or list(shapes), 2)}"
+        raise TunerFileError(
+            f"{path} holds {what}, which is not read; LoRA, DoRA, LoHa or LoKr are, one of them in a file. Convert it "
+            "to a LoRA with the tool that made it"
+        )
+    if odd:
+        raise TunerFileError(f"{path} is a {kinds[0]} with {len(odd)} keys of an unknown format: {list_some(odd)}")
+    return kinds[0]
+
+
+def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
+    """Raises a TunerFileError for layers whose parts are incomplete or of another shape than the base's layer."""
+    wrong = []
+    for model, layers in found.layers.items():
+        for path, parts in layers.items():
+            module = known[model][_plain(path)][1] if known[model] is not None else None
+            wide = None if module is None else tuple(module.weight.shape)
+            if found.kind in ("LoRA", "DoRA"):
+                if wide and "A" in parts and shapes[parts["A"]][1:2] != wide[1:2]:
+                    wrong.append(f"the input of {path} is {shapes[parts['A']][1]} wide, this base's is {wide[1]}")
+                    continue
+                if not {"A", "B"} <= parts.keys():
+                    wrong.append(f"{path} has only {' and '.join(sorted(parts))}")
+                    continue
+                down, up = shapes[parts["A"]], shapes[parts["B"]]
+                found.rank = max(found.rank, down[0])
+                if wide and (down[1:2] != wide[1:2] or up[:1] != wide[:1] or up[1:2] != down[:1]):
+                    wrong.append(f"{path} is {down[1]} to {up[0]} wide, this base's is {wide[1]} to {wide[0]}")
+                if found.kind == "DoRA" and "magnitude" not in parts:
+                    wrong.append(f"{path} has no dora_scale")
+                elif found.kind == "DoRA" and wide and not _is_per_output(shapes[parts["magnitude"]], wide[0]):
+                    wrong.append(f"the dora_scale of {path} is per input (wd_on_out=False), which PEFT has not")
+            elif found.kind == "LoHa":
+                need = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+                if not need <= parts.keys():
+                    wrong.append(f"{path} lacks {', '.join(sorted(need - parts.keys()))}")
+                    continue
+                found.rank = max(found.rank, shapes[parts["hada_w1_b"]][0])
+                a, b = shapes[parts["hada_w1_a"]], shapes[parts["hada_w1_b"]]
+                size = a[1] * b[1] if "hada_t1" in parts else a[0] * b[1]
+                factor = 1 if wide is None or "hada_t1" not in parts else _count(wide[2:])
+                if wide and size * factor != _count(wide):
+                    wrong.append(f"{path} has {size * factor:,} weights, this base's layer {_count(wide):,}")
+            else:
+                if not ({"lokr_w1"} <= parts.keys() or {"lokr_w1_a", "lokr_w1_b"} <= parts.keys()) or not (
+                    {"lokr_w2"} <= parts.keys() or {"lokr_w2_a", "lokr_w2_b"} <= parts.keys()
+                ):
+                    wrong.append(f"{path} has only {', '.join(sorted(parts))}")
+                    continue
+                found.rank = max([found.rank, *(shapes[parts[p]][0] for p in ("lokr_w1_b", "lokr_w2_b") if p in parts)])
+            if found.kind in ("LoHa", "LoKr") and "magnitude" in parts:
+                wrong.append(f"{path} has a dora_scale, which PEFT has only for LoRA")
+    if wrong:
+        raise TunerFileError(
+            f"{found.path} is a {found.kind} that does not fit this base: {len(wrong)} of its {found.count} layers: "
+            f"{list_some(wrong, 2)}; use the base that it was made for"
+        )
+
+
+def _is_per_output(shape: tuple[int, ...], outputs: int) -> bool:
+    """Whether a DoRA's magnitudes belong to the outputs of a layer: (out,), (out, 1) or PEFT's (1, out, 1, 1)."""
+    return _count(shape) == outputs and (len(shape) == 4 or shape[0] == outputs)
+
+
+def _count(shape) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def load(pipe, path: Path, name: str) -> None:
+    """Loads a file into a pipeline as adapter `name`.
+
+    Raises:
+        TunerFileError: as `inspect`, or if a weight is not finite.
+    """
+    found = inspect(path, pipe.unet, getattr(pipe, "text_encoder", None))
+    tensors = load_file(path)
+    bad = [k for k, t in tensors.items() if not torch.isfinite(t.float()).all()]
+    if bad:
+        raise TunerFileError(
+            f"{path} is a {found.kind} of which {len(bad)} of {len(tensors)} tensors hold NaN or infinity: "
+            f"{list_some(bad)}; it is damaged, get it again or train it with a lower rate"
+        )
+    if found.kind in ("LoHa", "LoKr"):
+        _load_lycoris(pipe, found, tensors, name)
+    elif found.kind == "DoRA" or found.is_peft or found.unknown:
+        pipe.load_lora_weights(_peft_tensors(found, tensors), adapter_name=name)
+    else:
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    if told := found.left_out():
+        warnings.warn(f"{path}: {told}", stacklevel=4)
+
+
+def _peft_tensors(found: ForeignLora, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The known layers of a LoRA or DoRA in diffusers' format, with alpha / rank multiplied into B."""
+    scale, result = _peft_scale(found) if found.is_peft else None, {}
+    for model, layers in found.layers.items():
+        for path, parts in layers.items():
+            down, up = tensors[parts["A"]], tensors[parts["B"]]
+            own = scale(path, len(down)) if scale else 1.0
+            if "alpha" in parts:
+                own = tensors[parts["alpha"]].item() / len(down)
+            result[f"{model}.{path}.lora_A.weight"] = down
+            result[f"{model}.{path}.lora_B.weight"] = up * own
+            if "magnitude" in parts:
+                magnitude = tensors[parts["magnitude"]].flatten()
+                if down.ndim == 4:
+                    magnitude = magnitude.view(1, -1, 1, 1)
+                result[f"{model}.{path}.lora_magnitude_vector"] = magnitude
+    return result
+
+
+def _peft_scale(found: ForeignLora):
+    """The scale of a layer from PEFT's adapter_config.json beside the file: a function of its path and rank."""
+    path = found.path.with_name("adapter_config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        alpha, patterns = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
+    except FileNotFoundError:
+        warnings.warn(f"{found.path}: there is no adapter_config.json beside it, so its alpha is taken to be its rank",
+                      stacklevel=6)  # fmt: skip
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TunerFileError(
+            f"{path} cannot be used ({type(error).__name__}: {error}); it holds the alpha of the LoRA"
+        ) from error
+
+    def scale(layer: str, rank: int) -> float:
+        own = next((float(a) for end, a in patterns.items() if re.search(rf"(^|\.){end}$", layer)), alpha)
+        return own / (rank**0.5 if config.get("use_rslora") else rank)
+
+    return scale
+
+
+def _load_lycoris(pipe, found: ForeignLora, tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Adds PEFT's LoHa or LoKr layers and gives them the weights, rank and alpha of the file."""
+    config_class = LoHaConfig if found.kind == "LoHa" else LoKrConfig
+    for model_name, layers in found.layers.items():
+        model = getattr(pipe, model_name)
+        model.add_adapter(config_class(r=1, alpha=1, target_modules=list(layers)), adapter_name=name)
+        added = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        for path, parts in layers.items():
+            layer = added[path]
+            weight = layer.get_base_layer().weight
+            for part in layer.adapter_layer_names:
+                if name in getattr(layer, part):
+                    del getattr(layer, part)[name]
+            for part, key in parts.items():
+                if part != "alpha":
+                    value = tensors[key].to(weight.device, weight.dtype)
+                    getattr(layer, part)[name] = nn.Parameter(value, requires_grad=False)
+            ranks = [len(tensors[parts[p]]) for p in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if p in parts]
+            rank = ranks[0] if ranks else 1
+            alpha = tensors[parts["alpha"]].item() if "alpha" in parts and ranks else rank
+            layer.r[name], layer.alpha[name], layer.scaling[name] = rank, alpha, alpha / rank
