@@ -1,12 +1,12 @@
 """Prepares two tasks for `python -m sdtune.evaluation`: 30 pairs of a style that the small base has never seen, each
-with 120 held-out prompts and their true pictures.
+with 120 held-out prompts and their true pictures, at 256 px.
 
     pip install resvg_py
     python assets/tasks.py            # writes .cache/tasks/openmoji and .cache/tasks/fluent3d
 
-The pictures are rendered by tiny-sd/corpus.py, which fetches the packages `openmoji` (CC-BY-SA 4.0) and
-`@lobehub/fluent-emoji-3d` (MIT) from npm; they are not stored in the repository. Both tasks have the same concepts in
-the same places, drawn at random from those that every designer has drawn: the base knows them, only the style is new.
+The drawings come from the npm packages `openmoji` (CC-BY-SA 4.0) and `@lobehub/fluent-emoji-3d` (MIT); they are not
+stored in the repository. Both tasks have the same concepts in the same places, drawn at random from those that every
+designer has drawn: the base knows them, only the style is new.
 """
 
 import argparse
@@ -19,13 +19,18 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "tiny-sd"))
-from corpus import SEEN, UNSEEN, caption, fetch, load, render  # noqa: E402
+from corpus import UNSEEN, fetch, missing_tools, rows_of  # noqa: E402
+
+KNOWN = ("noto", "twemoji", "fluent")  # the base has seen a concept if these designers have drawn it
 
 
 def write(cache: Path, train: int = 30, test: int = 120, seed: int = 0) -> list[Path]:
     """Writes the tasks as imagefolders `cache/tasks/<style>/{train,test}` and returns these folders."""
-    corpora = {style: dict(zip(*_by_concept(cache / "corpus", style))) for style in SEEN + UNSEEN}
-    common = sorted(set.intersection(*map(set, corpora.values())))
+    import render
+    from captions import caption
+
+    drawn = {style: {r["hexcode"]: r for r in rows_of(cache / "packages", style)} for style in KNOWN + UNSEEN}
+    common = sorted(set.intersection(*map(set, drawn.values())))
     chosen = random.Random(seed).sample(common, train + test)
     folders = []
     for style in UNSEEN:
@@ -35,7 +40,8 @@ def write(cache: Path, train: int = 30, test: int = 120, seed: int = 0) -> list[
             (folder / split).mkdir(parents=True)
             lines = []
             for i, code in enumerate(codes):
-                picture, row = corpora[style][code]
+                row = drawn[style][code]
+                picture, _ = render.picture(row, 0, random.Random(0))
                 Image.fromarray(picture).save(folder / split / f"{i:03d}.png")
                 lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": caption(row)}))
             (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
@@ -43,20 +49,13 @@ def write(cache: Path, train: int = 30, test: int = 120, seed: int = 0) -> list[
     return folders
 
 
-def _by_concept(corpus: Path, style: str) -> tuple[list[str], list[tuple]]:
-    """The concepts of a style and, for each, its picture as drawn on white (128, 128, 3) and its row."""
-    pictures, rows = load(corpus, (style,))
-    return [row["hexcode"] for row in rows], list(zip(pictures[:, 0], rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where packages, pictures and tasks go")
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where packages and tasks go")
     cache = parser.parse_args().cache
-    missing = [s for s in SEEN + UNSEEN if not (cache / "corpus" / f"{s}.npz").is_file()]
-    if missing:
-        fetch(cache / "packages")
-        render(cache / "packages", cache / "corpus", missing)
+    if problem := missing_tools():
+        raise SystemExit(problem)
+    fetch(cache / "packages", KNOWN + UNSEEN)
     for folder in write(cache):
         train, test = (len(list((folder / split).glob("*.png"))) for split in ("train", "test"))
         print(f"{folder}: {train} pairs, {test} held out")

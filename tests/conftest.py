@@ -37,8 +37,8 @@ def stir(pipe, name: str, seed: int, size: float = 0.05) -> None:
 
 
 def picture(pipe, **kwargs) -> torch.Tensor:
-    """What a pipeline draws, small, in two steps, before the VAE rounds it."""
-    options = dict(num_inference_steps=2, guidance_scale=3.0, height=64, width=64, output_type="latent")
+    """What a pipeline draws, at 128 px, in two steps, before the VAE rounds it."""
+    options = dict(num_inference_steps=2, guidance_scale=3.0, height=128, width=128, output_type="latent")
     return pipe("a cat face", generator=torch.Generator().manual_seed(0), **{**options, **kwargs}).images
 
 

@@ -135,7 +135,7 @@ def test_columns_are_drawn_side_by_side_and_an_image_restores_its_settings(page,
     assert page.locator("#drawn-images h4").first.inner_text() == "base"
     (tmp_path / "a.png").write_bytes(images[0])
     (tmp_path / "b.png").write_bytes(images[2])
-    assert Image.open(tmp_path / "a.png").size == (128, 128)
+    assert Image.open(tmp_path / "a.png").size == (256, 256)
     assert mean_difference(*(Image.open(tmp_path / f"{n}.png") for n in "ab")) > 1
 
     page.locator("#drawn-images img.drawn").nth(1).click()

@@ -100,7 +100,7 @@ def test_the_weight_of_set_adapters_survives_a_call_with_a_scale_and_multiplies_
 
 def test_a_call_that_fails_leaves_no_scale_behind(tuned, alone):
     with pytest.raises(RuntimeError):
-        tuned.unet(torch.randn(1, 3, 8, 8), 1, torch.randn(1, 9, 192), **{SCALE: {"scale": 0.5}})
+        tuned.unet(torch.randn(1, 3, 16, 16), 1, torch.randn(1, 9, 192), **{SCALE: {"scale": 0.5}})
     assert torch.equal(picture(tuned), alone["one"])
 
 
@@ -136,8 +136,8 @@ def test_weights_per_block_reach_exactly_their_blocks(tuned, base, files, alone)
     half = picture(tuned)
     tuned.set_adapters("one", 0.5)
     assert torch.equal(picture(tuned), half)
-    with pytest.raises(ValueError, match="Expected 1 scales for down.block_0, got 3"):
-        tuned.set_adapters("one", {"unet": {"down": {"block_0": [1, 1, 1]}}})
+    with pytest.raises(ValueError, match="Expected 1 scales for down.block_1, got 3"):
+        tuned.set_adapters("one", {"unet": {"down": {"block_1": [1, 1, 1]}}})
 
 
 def test_the_device_of_one_adapter_can_be_set_as_for_a_lora(tuned):

@@ -26,7 +26,7 @@ def unet(base):
 
 def inputs(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    x, text = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((1, 4, 8, 8), (1, 9, 192)))
+    x, text = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((1, 4, 16, 16), (1, 9, 192)))
     return x, torch.tensor([9]), text
 
 
@@ -259,7 +259,7 @@ def adapter_state(unet):
 
 def batch(copies, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    x, text = (torch.randn(4 * copies, *shape, generator=generator).to(dtype) for shape in ((4, 8, 8), (9, 192)))
+    x, text = (torch.randn(4 * copies, *shape, generator=generator).to(dtype) for shape in ((4, 16, 16), (9, 192)))
     return x, torch.tensor([9]), text
 
 

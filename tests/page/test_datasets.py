@@ -6,7 +6,7 @@ from sdtune.page.datasets import UploadedImages
 
 
 def test_missing_captions_and_small_images_are_reported_before_a_training(backend, tmp_path):
-    for name, side in (("good", 128), ("small", 80), ("tiny", 20)):
+    for name, side in (("good", 256), ("small", 160), ("tiny", 20)):
         Image.new("RGB", (side, side), "red").save(tmp_path / f"{name}.png")
     (tmp_path / "good.txt").write_text("a red square")
     uploaded = backend.datasets.receive([tmp_path / n for n in ("good.png", "good.txt", "small.png", "tiny.png")])

@@ -41,7 +41,8 @@ def test_attention_in_fp32_changes_a_bf16_gradient_by_rounding_only():
     for p in parameters:
         torch.nn.init.normal_(p, std=0.05)
     scheduler = DDPMScheduler.from_pretrained(load.TINY_SD / "scheduler")
-    latents, noise = torch.randn(2, 2, unet.config.in_channels, 16, 16)
+    side = unet.config.sample_size
+    latents, noise = torch.randn(2, 2, unet.config.in_channels, side, side)
     states = torch.randn(2, 77, unet.config.cross_attention_dim, dtype=torch.bfloat16)
     timesteps = torch.tensor([100, 700])
 

@@ -1,0 +1,1 @@
+"""The parts that `portraits.py` draws its pictures of."""
