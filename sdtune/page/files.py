@@ -49,17 +49,9 @@ class AdapterFiles:
         self.by_label: dict[str, AdapterFile] = {}
         with torch.device("meta"):  # a UNet of the same shape, without weights, that no other thread changes
             self._unet = UNet2DConditionModel.from_config(unet.config)
-<<<<<<< HEAD
-        self._input_widths = {
-            name.replace(".", "_"): (module.in_features if isinstance(module, torch.nn.Linear) else module.in_channels)
-            for name, module in self._unet.named_modules()
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-        }
-        self._known: dict[tuple, AdapterFile] = {}  # (label, path, time of change, size, preview) -> what was read
-=======
             self._text_encoder = text_encoder and type(text_encoder)(text_encoder.config)
-        self._known: dict[tuple, AdapterFile] = {}  # (label, path, time of change, size) -> what was read
->>>>>>> faults
+        # (label, path, time of change, size, preview) -> what was read
+        self._known: dict[tuple, AdapterFile] = {}
         self._lock = threading.Lock()
         self.scan()
 
