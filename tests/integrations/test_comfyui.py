@@ -229,7 +229,7 @@ import torch
 for name in "diffusers transformers peft accelerate numba llvmlite gradio huggingface_hub matplotlib".split():
     sys.modules[name] = None
 root, comfyui = {!r}, {!r}
-sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "") + getattr(f, "__name__", "")]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in f"{{getattr(f, '__module__', f)}} {{f}}"]
 sys.path = [p for p in sys.path if p not in ("", root)]
 sys.modules["folder_paths"] = types.ModuleType("folder_paths")
 sys.modules["folder_paths"].models_dir = "/nowhere"

@@ -2,7 +2,7 @@
 
 Attention is patched through ComfyUI's patches of its input and its output, which run also where another node replaces
 the attention itself (as IP-Adapter nodes do). The feed-forward and the whole block have no such patch: there
-`forward` is replaced by an object patch that calls the one before it, so that tuners stack and weights keep their names.
+`forward` is replaced by an object patch that calls the one before it, so tuners stack and weights keep their names.
 Nothing of the model is changed; ComfyUI applies the patches when it draws and takes them back afterwards.
 """
 
