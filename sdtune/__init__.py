@@ -14,6 +14,7 @@ _MODULES = {
     "save_tuner": "adapters.api",
     "unload_tuner": "adapters.api",
     "TunerPeftConfig": "adapters.peft_model",
+    "push_to_hub": "adapters.hub",
     "TunerFileError": "adapters.tuner_file",
     "load_base": "bases.load",
     "BaseError": "bases.errors",
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .adapters.api import add_tuner, load_tuner, save_tuner, unload_tuner
+    from .adapters.hub import push_to_hub
     from .adapters.peft_model import TunerPeftConfig
     from .adapters.tuner_file import TunerFileError
     from .bases.errors import BaseError

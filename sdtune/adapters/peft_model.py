@@ -4,11 +4,20 @@ PEFT has no way to register a method from outside, since its `register_peft_meth
 what that does is to enter two classes and a prefix into three dictionaries, for which a string is as good a key.
 """
 
+import re
+from dataclasses import asdict
+from pathlib import Path
+
 from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
+from safetensors.torch import save_file
 
 from . import inject
 from .hook import PEFT_TYPE, ParallelTuners, TunerPeftConfig, cannot_fuse_message
+from .operations import CHILD_NAME
+from .tuner_file import TunerFile
+
+_OPERATION = re.compile(r"(.*\.transformer_blocks\.\d+(?:\.(?:attn1|attn2|ff))?)\.(.+)")
 
 
 class TunerPeftModel(BaseTuner):
@@ -41,6 +50,16 @@ class TunerPeftModel(BaseTuner):
     def _remove_adapter_name_from_key(key: str, adapter_name: str) -> str:
         # PEFT's own removes a name only before the last part of a key
         return key.replace(f".tuners.{adapter_name}.", ".tuners.", 1)
+
+
+def save_peft_files(folder: Path, file: TunerFile) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors for `PeftModel.from_pretrained(unet, folder)`."""
+    TunerPeftConfig(**asdict(file.config), base_model_name_or_path=file.base.get("name")).save_pretrained(str(folder))
+    tensors = {}
+    for key, tensor in file.tensors.items():
+        operation, parameter = _OPERATION.fullmatch(key).groups()
+        tensors[f"base_model.model.{operation}.{CHILD_NAME}.tuners.{parameter}"] = tensor
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def register() -> None:

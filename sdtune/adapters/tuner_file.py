@@ -23,6 +23,7 @@ from ..tuners.config import TunerConfig
 
 FORMAT_VERSION = "1"
 FILE_NAME = "tuner.safetensors"
+LORA_FILE_NAME = "pytorch_lora_weights.safetensors"  # where diffusers looks for a LoRA in a hub repository
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -305,10 +306,22 @@ def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
     ):
         raise TunerFileError(f"there is no file or folder {text}; expected a tuner file, its folder, or a hub id")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
-        return Path(hf_hub_download(text, weight_name, **hub))
+        try:
+            return Path(hf_hub_download(text, weight_name, **hub))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            if weight_name != FILE_NAME:
+                raise
+            return Path(hf_hub_download(text, LORA_FILE_NAME, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TunerFileError(
