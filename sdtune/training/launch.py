@@ -9,6 +9,8 @@ import sys
 
 import psutil
 
+from ..extras import require
+
 ACCELERATE_PRECISION = "ACCELERATE_MIXED_PRECISION"  # set in processes that `accelerate launch` has started
 
 
@@ -54,6 +56,7 @@ def start_quietly(message: str = "starting: importing PyTorch and diffusers") ->
     To be called before any other import of them: some of their warnings appear on import (about torchvision), others
     while a base is loaded (about precisions, and a progress bar for each file).
     """
+    require("train")
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
     import diffusers
