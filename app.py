@@ -10,11 +10,13 @@ import signal
 import sys
 import threading
 
+from sdtune import extras
 from sdtune.training import launch
 
 
 def main() -> int:
     args = parse_args()
+    extras.require("page")
     print(f"loading the base {args.base} ...", flush=True)
 
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent to Gradio

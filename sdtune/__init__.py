@@ -13,6 +13,8 @@ _MODULES = {
     "add_tuner": "adapters.api",
     "save_tuner": "adapters.api",
     "unload_tuner": "adapters.api",
+    "TunerPeftConfig": "adapters.peft_model",
+    "push_to_hub": "adapters.hub",
     "TunerFileError": "adapters.tuner_file",
     "load_base": "bases.load",
     "BaseError": "bases.errors",
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .adapters.api import add_tuner, load_tuner, save_tuner, unload_tuner
+    from .adapters.hub import push_to_hub
+    from .adapters.peft_model import TunerPeftConfig
     from .adapters.tuner_file import TunerFileError
     from .bases.errors import BaseError
     from .bases.load import load_base

@@ -13,7 +13,7 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 
 from ..bases.properties import describe_base, get_unet
 from ..tuners.config import LORAS, TunerConfig
-from . import foreign_lora, inject, lora, state, tuner_file
+from . import foreign_lora, inject, lora, peft_model, state, tuner_file  # noqa: F401  peft_model registers tuners
 
 
 def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub) -> str:

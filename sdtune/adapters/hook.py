@@ -1,5 +1,7 @@
 """The hook x' = OP(x) + tuner(x), and the layer that holds the tuners of one operation by name."""
 
+from dataclasses import dataclass, field, fields
+
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from peft import PeftConfig
@@ -11,13 +13,34 @@ from ..tuners.config import TunerConfig
 from .operations import CHILD_NAME, Operation
 from .sample_weights import per_sample_shape, tile_weights, to_device
 
+PEFT_TYPE = "SDTUNE"  # the name of tuners among PEFT's methods
 
+
+@dataclass
 class TunerPeftConfig(PeftConfig):
-    """The entry of a tuner in `unet.peft_config`; `tuner` is its `TunerConfig`."""
+    """The entry of a tuner in `unet.peft_config`: the fields of `TunerConfig`, as a configuration of PEFT.
 
-    def __init__(self, tuner: TunerConfig):
-        super().__init__()
-        self.tuner = tuner
+    `peft_model` registers it with PEFT, so that `peft.get_peft_model(unet, TunerPeftConfig(rank=8))` adds a tuner.
+    """
+
+    kind: str = "res_attn"
+    rank: int = 4
+    num_heads: int = 4
+    ops: list[str] = field(default_factory=lambda: TunerConfig().ops)
+    qkv_bias: bool = False
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+    length: int = 10
+    ffn_kind: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self.tuner  # noqa: B018  raises ValueError for fields out of range
+
+    @property
+    def tuner(self) -> TunerConfig:
+        return TunerConfig(**{f.name: getattr(self, f.name) for f in fields(TunerConfig)})
 
 
 class ParallelTuners(nn.Module, BaseTunerLayer):

@@ -8,6 +8,7 @@ work on a tuner as on a LoRA, and on mixtures of the two.
 """
 
 import sys
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -73,7 +74,7 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
 
     if getattr(unet, "peft_config", None) is None:
         unet.peft_config = {}
-    unet.peft_config[name] = TunerPeftConfig(config)
+    unet.peft_config[name] = TunerPeftConfig(**asdict(config))
     unet._hf_peft_config_loaded = True
     for path, op in ops.items():
         if op.module._modules.get(CHILD_NAME) is None:

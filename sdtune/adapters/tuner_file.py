@@ -23,6 +23,7 @@ from . import disk
 
 FORMAT_VERSION = "1"
 FILE_NAME = "tuner.safetensors"
+LORA_FILE_NAME = "pytorch_lora_weights.safetensors"  # where diffusers looks for a LoRA in a hub repository
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -83,7 +84,7 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
     tensors = {k: t.detach().to("cpu", dtype).contiguous() for k, t in file.tensors.items()}
-    tensors = _kohya_tensors(tensors) if file.config.kind == "lora" else {f"unet.{k}": t for k, t in tensors.items()}
+    tensors = kohya_tensors(tensors) if file.config.kind == "lora" else {f"unet.{k}": t for k, t in tensors.items()}
     bad = [k for k, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise ValueError(
@@ -205,7 +206,7 @@ _WITH_UNDERSCORE = (
 )  # fmt: skip
 
 
-def _kohya_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def kohya_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A LoRA's tensors, "<layer path>.lora_A.weight" and B, under kohya's keys, with alpha = rank."""
     found = {}
     for key, tensor in tensors.items():
@@ -298,10 +299,22 @@ def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
     ):
         raise TunerFileError(f"there is no file or folder {text}; expected a tuner file, its folder, or a hub id")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
-        return Path(hf_hub_download(text, weight_name, **hub))
+        try:
+            return Path(hf_hub_download(text, weight_name, **hub))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            if weight_name != FILE_NAME:
+                raise
+            return Path(hf_hub_download(text, LORA_FILE_NAME, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TunerFileError(

@@ -57,6 +57,7 @@ class TrainConfig:
     preview_steps: int = _option(30, "sampling steps of a preview")
     guidance_scale: float | None = _option(None, "guidance of a preview; default: 7.5, or 3 for a small UNet")
     report_to: str | None = _option(None, "an Accelerate tracker, such as tensorboard")
+    push_to_hub: str | None = _option(None, "owner/name: upload the result to this model repository of the hub")
     resume: bool = _option(False, "continue the run that stopped in the output folder")
 
     def __post_init__(self):

@@ -9,6 +9,8 @@ import sys
 
 import psutil
 
+from ..extras import require
+
 ACCELERATE_PRECISION = "ACCELERATE_MIXED_PRECISION"  # set in processes that `accelerate launch` has started
 
 
@@ -49,7 +51,8 @@ def replace_with_processes(count: int, target: list[str], arguments: list[str]) 
 
 
 def start_quietly() -> None:
-    """`print_start`, then `silence_libraries`."""
+    """`print_start`, then `silence_libraries`; says at once if what training needs is not installed."""
+    require("train")
     print_start()
     silence_libraries()
 

@@ -110,7 +110,7 @@ def create_previews(
 
 def collect_settings(config: TrainConfig, resolution: int, learning_rate: float, accelerator: Accelerator) -> dict:
     """The settings as they are used, with the defaults that depend on the base and on the machine filled in."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("output", "resume")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("output", "resume", "push_to_hub")}
     settings |= {"resolution": resolution, "learning_rate": learning_rate}
     return settings | {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
 

@@ -5,6 +5,7 @@ Accelerate provides the device, mixed precision, gradient clipping, several proc
 `fit` first, then `Trainer.__init__` (what happens once) and `Trainer.step` (what happens over and over).
 """
 
+import json
 import signal
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from .. import kernels
-from ..adapters import api, tuner_file
+from ..adapters import api, hub, tuner_file
 from ..bases import load, properties
 from ..inference import plots
 from ..kernels.cuda import graphs
@@ -109,7 +110,13 @@ def _run(trainer: "Trainer", on_step: Callable[[int, float], bool | None] | None
                     f"{trainer.output / checkpoints.FOLDER}. Continue with the same command and --resume", stop
                 )  # fmt: skip
             ended = trainer.preview_and_check_stopping()
-    return trainer.finish()
+    result = trainer.finish()
+    if result.main and config.push_to_hub:
+        try:
+            print(f"pushed to {hub.push_to_hub(trainer.output, config.push_to_hub)}", flush=True)
+        except Exception as error:  # the hub's client raises many kinds; the result is on the disk whatever it was
+            print(hub.how_to_push_again(trainer.output, config.push_to_hub, error), flush=True)
+    return result
 
 
 class PendingLosses(NamedTuple):
@@ -433,6 +440,7 @@ class Trainer:
             weights.copy_(weights.half())  # the file is fp16; the preview is drawn with exactly its weights
         tuned = self._draw_preview(preview)
         if self.is_main:
+            tuner_file.write_text(self.output / hub.HELDOUT_NAME, json.dumps(self.heldout.means()) + "\n")
             title = f"{self.output.name}: {len(self.losses)} steps"
             plots.plot_losses(plot, self.losses, self.heldout.means(), title)
             self.pipe.to("cpu")

@@ -1,0 +1,67 @@
+"""Writes a LoRA or DoRA file for other programs: `python -m sdtune.adapters.export FILE --to kohya`.
+
+sdtune writes LoRAs in kohya's key names anyway. A DoRA it writes in PEFT's, which diffusers reads exactly; ComfyUI,
+Forge and others read kohya's names, with `dora_scale` for the magnitudes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from . import tuner_file
+
+
+def export_to_kohya(source: str | Path, target: str | Path | None = None) -> Path:
+    """Writes a LoRA or DoRA in kohya's key names, with the metadata of the file.
+
+    Args:
+        source: a file of sdtune.
+        target: the file to write; by default "<name>-kohya.safetensors" beside it.
+
+    Returns:
+        The path of the new file. sdtune itself does not read a DoRA back from it.
+
+    Raises:
+        TunerFileError: if the file is neither a LoRA nor a DoRA of sdtune.
+    """
+    source = tuner_file.find(source)
+    file = tuner_file.load(source)
+    if file.config.kind not in ("lora", "dora"):
+        raise tuner_file.TunerFileError(
+            f"{source} holds a {file.config.kind}, for which kohya's format has no keys; use sdtune's node for ComfyUI "
+            "or its extension for Forge, in sdtune/integrations"
+        )
+    magnitude = ".lora_magnitude_vector"
+    tensors = tuner_file.kohya_tensors({k: t for k, t in file.tensors.items() if not k.endswith(magnitude)})
+    for key, tensor in file.tensors.items():
+        if key.endswith(magnitude):
+            path = key.removesuffix(magnitude)
+            ones = file.tensors[f"{path}.lora_B.weight"].dim() - 1
+            name = f"lora_unet_{path.replace('.', '_')}.dora_scale"
+            tensors[name] = tensor.reshape(-1, *[1] * ones).contiguous()
+    with safe_open(source, framework="pt") as f:
+        metadata = {k: v for k, v in f.metadata().items() if not k.startswith("sdtune.format")}
+    target = Path(target) if target else source.with_name(f"{source.stem}-kohya.safetensors")
+    save_file(tensors, target, metadata=metadata)
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m sdtune.adapters.export", description=__doc__.split("\n")[0])
+    parser.add_argument("file", help="a LoRA or DoRA that sdtune wrote")
+    parser.add_argument("--to", choices=["kohya"], default="kohya", help="the key names to write")
+    parser.add_argument("--output", help="the file to write; default: <name>-kohya.safetensors beside it")
+    args = parser.parse_args()
+    try:
+        print(export_to_kohya(args.file, args.output))
+    except (tuner_file.TunerFileError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

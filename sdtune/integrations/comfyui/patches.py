@@ -1,0 +1,234 @@
+"""Adds a tuner to a UNet of ComfyUI, or of Forge, whose `UnetPatcher` has the same methods: x' = OP(x) + tuner(x).
+
+Attention is patched through ComfyUI's patches of its input and its output, which run also where another node replaces
+the attention itself (as IP-Adapter nodes do). The feed-forward and the whole block have no such patch: there
+`forward` is replaced by an object patch that calls the one before it, so tuners stack and weights keep their names.
+Nothing of the model is changed; ComfyUI applies the patches when it draws and takes them back afterwards.
+"""
+
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+from torch import nn
+
+from sdtune.adapters import tuner_file
+from sdtune.tuners import KINDS, Context, Tuner, TunerConfig, Widths, build_tuner
+
+_BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)(?:\.\d+)?\.transformer_blocks\.(\d+)")
+_count = itertools.count()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block of a ComfyUI UNet.
+
+    Attributes:
+        path: its path in the UNet, for example "input_blocks.1.1.transformer_blocks.0".
+        place: what patches receive to tell blocks apart: ("input", number, index), "middle" or "output".
+        module: the block.
+    """
+
+    path: str
+    place: tuple[str, int, int]
+    module: nn.Module
+
+
+def find_blocks(unet: nn.Module) -> dict[str, Block]:
+    """The transformer blocks of a ComfyUI UNet by their path in diffusers' UNet, by which tuner files name them.
+
+    Raises:
+        ValueError: if this is not a UNet of Stable Diffusion 1.x or 2.x.
+    """
+    found = {}
+    for path, module in unet.named_modules():
+        match = _BLOCK.fullmatch(path)
+        if not match:
+            continue
+        side, number, index = match[1], int(match[2]), int(match[3])
+        sizes = [n + 1 for n in unet.num_res_blocks]  # a level ends with a layer that halves or doubles the side
+        if side == "middle":
+            number, parent = 0, "mid_block.attentions.0"
+        elif side == "input":  # input_blocks.0 is the first convolution
+            parent = "down_blocks.{}.attentions.{}".format(*_level_and_position(number - 1, sizes))
+        else:
+            parent = "up_blocks.{}.attentions.{}".format(*_level_and_position(number, sizes[::-1]))
+        found[f"{parent}.transformer_blocks.{index}"] = Block(path, (side, number, index), module)
+    if not found:
+        raise ValueError(
+            f"{type(unet).__name__} has no transformer block that a tuner can be added to; expected the UNet of a "
+            "Stable Diffusion 1.x or 2.x checkpoint"
+        )
+    return found
+
+
+def _level_and_position(number: int, sizes: list[int]) -> tuple[int, int]:
+    for level, size in enumerate(sizes):
+        if number < size:
+            return level, number
+        number -= size
+    raise ValueError(f"the UNet has more blocks than its num_res_blocks says; {number} are left over")
+
+
+def _widths(block: nn.Module, op: str) -> Widths:
+    """The widths that the shapes of a tuner of this operation depend on."""
+    attn, dim = _attention(block, op), block.norm1.normalized_shape[0]
+    with_text = block.attn2 if op == "block" else attn
+    text_dim = dim if op == "ff" else with_text.to_k.in_features
+    return Widths(dim, attn.to_q.out_features, attn.to_k.in_features, text_dim)
+
+
+def _attention(block: nn.Module, op: str) -> nn.Module:
+    """The frozen attention that a tuner of this operation may use."""
+    return block.attn2 if op == "attn2" else block.attn1
+
+
+class PlacedTuner:
+    """A tuner of one operation, whose weights follow the device and dtype of what it is called with.
+
+    Args:
+        tuner: with the weights of the file.
+        attention: the frozen attention, for the kinds that call it.
+    """
+
+    def __init__(self, tuner: Tuner, attention: nn.Module):
+        self.tuner, self.attention = tuner.eval().requires_grad_(False), attention
+        self.state = tuner.state_dict()  # as in the file, so that a detour through a short dtype loses nothing
+
+    def __call__(self, x: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+        """x: (B, N, dim), text: (B, L, text width) or None -> (B, N, dim)."""
+        now = next(self.tuner.parameters())
+        if (now.device, now.dtype) != (x.device, x.dtype):
+            moved = {name: tensor.to(x.device, x.dtype) for name, tensor in self.state.items()}
+            self.tuner.load_state_dict(moved, assign=True)
+        return self.tuner(x, Context(self.attention, text))
+
+
+def place_tuners(unet: nn.Module, file: tuner_file.TunerFile, source: str) -> dict[tuple[str, str], PlacedTuner]:
+    """The tuners of a file, keyed by (path of the block in diffusers' UNet, operation).
+
+    Raises:
+        TunerFileError: if the file does not fit the UNet, or holds a LoRA, a DoRA or a full fine-tuning.
+    """
+    config: TunerConfig = file.config
+    if config.kind not in KINDS:
+        advice = {
+            "lora": "load it with ComfyUI's own Load LoRA node, or Forge's <lora:...>",
+            "dora": "write it in kohya's key names with `python -m sdtune.adapters.export FILE --to kohya`, and load "
+            "that with the Load LoRA node, or Forge's <lora:...>",
+        }
+        raise tuner_file.TunerFileError(
+            f"{source} holds a {config.kind}; " + advice.get(config.kind, "only diffusers can load it, with sdtune")
+        )
+    tuners, expected = {}, {}
+    for path, block in find_blocks(unet).items():
+        for op in config.ops:
+            with torch.device("meta"):
+                tuner = build_tuner(config, op, _widths(block.module, op))
+            prefix = path if op == "block" else f"{path}.{op}"
+            tuners[path, op] = prefix, tuner
+            expected |= {f"{prefix}.{name}": tuple(p.shape) for name, p in tuner.named_parameters()}
+    tuner_file.check_fits(file, expected, source)
+    blocks, placed = find_blocks(unet), {}
+    for (path, op), (prefix, tuner) in tuners.items():
+        own = {name: file.tensors[f"{prefix}.{name}"] for name, _ in tuner.named_parameters()}
+        tuner.load_state_dict(own, assign=True)
+        placed[path, op] = PlacedTuner(tuner, _attention(blocks[path].module, op))
+    return placed
+
+
+def add_tuner(model, file: tuner_file.TunerFile, strength: float = 1.0, source: str = "this file"):
+    """A clone of a model to which the tuner is added.
+
+    Args:
+        model: ComfyUI's `ModelPatcher`, or Forge's `UnetPatcher`. It may have other patches, tuners and LoRAs.
+        file: what `tuner_file.load` has read.
+        strength: factor of the tuner's result; 1 is as trained.
+        source: the file's name, for messages.
+
+    Raises:
+        TunerFileError: if the file does not fit this model.
+    """
+    model = model.clone()
+    unet = model.model.diffusion_model
+    blocks, placed = find_blocks(unet), place_tuners(unet, file, source)
+    if strength == 0:
+        return model
+    for op in ("attn1", "attn2"):
+        tuners = {blocks[path].place: tuner for (path, name), tuner in placed.items() if name == op}
+        if tuners:
+            _patch_attention(model, op, tuners, strength)
+    for (path, op), tuner in placed.items():
+        if op in ("ff", "block"):
+            name = f"diffusion_model.{blocks[path].path}" + (".ff.forward" if op == "ff" else ".forward")
+            wrap = _with_feed_forward_tuner if op == "ff" else _with_block_tuner
+            model.add_object_patch(name, wrap(_current_forward(model, name), tuner, strength))
+    return model
+
+
+# The patches are closures, not objects, of which `clone()` makes deep copies.
+
+
+def _patch_attention(model, op: str, tuners: dict[tuple, PlacedTuner], strength: float) -> None:
+    """Patches the input of all attentions of one kind, to remember it, and their output, to which it adds the tuner."""
+    key = f"sdtune.{op}.{next(_count)}"
+
+    def remember_input(n, context, value, options):
+        # `options` is one dict per call of a block, and reaches the patch of the output. As in diffusers, only attn2
+        # has the text: attn1 receives its own input as context.
+        options[key] = n, context if op == "attn2" else None
+        return n, context, value
+
+    def add_residual(n, options):
+        x, text = options.pop(key)
+        tuner = tuners.get((*options.get("block", (None, None))[:2], options.get("block_index", 0)))
+        if tuner is None:
+            return n
+        if x.shape != n.shape:
+            raise ValueError(
+                f"the input of {op} has the shape {list(x.shape)} and its result {list(n.shape)}: a node that merges "
+                "tokens works on the same model. Put the tuner's node after it"
+            )
+        return n + (strength * tuner(x, text)).to(n.dtype)
+
+    getattr(model, f"set_model_{op}_patch")(remember_input)
+    getattr(model, f"set_model_{op}_output_patch")(add_residual)
+    # before the patches that are there, so that the tuner sees the input as the model made it
+    patches = model.model_options["transformer_options"]["patches"]
+    patches[f"{op}_patch"] = [patches[f"{op}_patch"][-1], *patches[f"{op}_patch"][:-1]]
+
+
+def _with_feed_forward_tuner(forward: Callable, tuner: PlacedTuner, strength: float) -> Callable:
+    def forward_with_tuner(x, *args, **kwargs):
+        residual = strength * tuner(x)
+        y = forward(x, *args, **kwargs)
+        return y + residual.to(y.dtype)
+
+    forward_with_tuner.before = forward
+    return forward_with_tuner
+
+
+def _with_block_tuner(forward: Callable, tuner: PlacedTuner, strength: float) -> Callable:
+    def forward_with_tuner(x, context=None, *args, **kwargs):
+        residual = strength * tuner(x, context)  # first, since the block changes x in place
+        y = forward(x, context, *args, **kwargs)
+        return y + residual.to(y.dtype)
+
+    forward_with_tuner.before = forward
+    return forward_with_tuner
+
+
+def _current_forward(model, name: str) -> Callable:
+    """What `forward` is with the patches of this model and without those of others that share its weights."""
+    if name in model.object_patches:
+        return model.object_patches[name]
+    if name in model.object_patches_backup:
+        return model.object_patches_backup[name]
+    forward = attrgetter(name)(model.model)
+    # a clone that was drawn with may still be patched in, and in Forge clones do not share `object_patches_backup`
+    while hasattr(forward, "before"):
+        forward = forward.before
+    return forward

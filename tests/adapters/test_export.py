@@ -1,0 +1,39 @@
+"""The command that writes a DoRA for other programs."""
+
+import copy
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file
+
+import sdtune
+from sdtune.adapters import tuner_file
+
+
+def export(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "sdtune.adapters.export", *map(str, arguments), "--to", "kohya"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_dora_is_written_in_kohyas_key_names(base, tmp_path):
+    pipe = copy.deepcopy(base)
+    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind="dora", ops=["attn1", "conv"]), "dora")
+    path = sdtune.save_tuner(pipe, tmp_path / "dora.safetensors", "dora")
+    done = export(path)
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "dora-kohya.safetensors")
+    found, expected = load_file(tmp_path / "dora-kohya.safetensors"), tuner_file.load(path).tensors
+    assert len(found) == len(expected) / 3 * 4  # of each layer down, up, magnitudes, and alpha
+    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    name = f"lora_unet_{block.replace('.', '_')}"
+    assert found[f"{name}.dora_scale"].shape == (expected[f"{block}.lora_B.weight"].shape[0], 1)
+    assert torch.equal(found[f"{name}.dora_scale"].flatten(), expected[f"{block}.lora_magnitude_vector"])
+    assert torch.equal(found[f"{name}.lora_up.weight"], expected[f"{block}.lora_B.weight"])
+    assert found["lora_unet_down_blocks_0_resnets_0_conv1.dora_scale"].dim() == 4
+    assert found[f"{name}.alpha"] == 4
+
+
+def test_a_tuner_cannot_be_exported_and_the_message_says_what_to_use():
+    done = export("assets/anime_res_attn.safetensors")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "holds a res_attn, for which kohya's format has no keys; use sdtune's node for ComfyUI" in done.stderr
