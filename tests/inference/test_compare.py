@@ -6,7 +6,7 @@ from conftest import ANIME
 
 import sdtune
 from sdtune.inference import grids
-from sdtune.page.studio import SAMPLERS
+from sdtune.page.samplers import SAMPLERS
 
 PROMPT = "a girl with silver hair, in anime style"
 assert ANIME.exists()
