@@ -121,7 +121,7 @@ def _attach(pipe, config: TunerConfig, name: str, tensors: dict[str, torch.Tenso
     unet = get_unet(pipe)
     with _offloading_paused(pipe):
         _adapter_module(config).add_adapter(unet, config, name, tensors)
-        if pipe is not unet:
+        if pipe is not unet and not _is_wrapped(pipe):
             pipe.set_adapters(name)  # deactivates a LoRA in the text encoder, too
 
 
@@ -170,7 +170,12 @@ def unload_tuner(pipe, adapter_name: str) -> None:
     """
     config = tuner_config(pipe, adapter_name)
     with _offloading_paused(pipe):
-        _adapter_module(config).remove_adapter(get_unet(pipe), adapter_name, pipe)
+        _adapter_module(config).remove_adapter(get_unet(pipe), adapter_name, None if _is_wrapped(pipe) else pipe)
+
+
+def _is_wrapped(pipe) -> bool:
+    """Whether the UNet is in torch.compile's wrapper, in which diffusers' pipelines find no adapters."""
+    return hasattr(getattr(pipe, "unet", pipe), "_orig_mod")
 
 
 @contextmanager

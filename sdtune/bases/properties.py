@@ -17,7 +17,8 @@ def get_unet(pipe) -> torch.nn.Module:
     unet = getattr(pipe, "unet", pipe)
     if not hasattr(unet, "set_adapters") or not isinstance(unet, torch.nn.Module):
         raise ValueError(f"expected a diffusers pipeline with a UNet, or a UNet; found {type(pipe).__name__}")
-    return unet
+    unet = unet
+    return getattr(unet, "_orig_mod", unet)  # of torch.compile(pipe.unet)
 
 
 def is_small(pipe) -> bool:
