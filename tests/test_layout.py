@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # from the rooms that use others to those that others use
-ORDER = ("page", "evaluation", "benchmark", "training", "inference", "adapters", "bases", "tuners", "kernels")
+ORDER = (
+    "page",
+    "integrations",
+    "evaluation",
+    "benchmark",
+    "training",
+    "inference",
+    "adapters",
+    "bases",
+    "tuners",
+    "kernels",
+)
 MODULES = {p.relative_to(ROOT).with_suffix("").as_posix(): p for p in (ROOT / "sdtune").rglob("*.py")}
 
 

@@ -173,7 +173,10 @@ def test_colours_are_converted_from_the_embedded_profile_and_an_unusable_one_is_
     green = (0, 255, 0)
     write_image(tmp_path / "wide.png", color=green, icc_profile=wide_profile())
     write_image(tmp_path / "damaged.png", color=green, icc_profile=b"no profile")
-    write_image(tmp_path / "srgb.png", color=(7, 200, 90), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())  # fmt: skip
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    write_image(tmp_path / "srgb.png", color=(7, 200, 90), icc_profile=srgb)
+    for name in ("wide", "damaged", "srgb"):
+        write_caption(tmp_path / f"{name}.txt")
     assert read_image(tmp_path, "srgb.png")[0, 0].tolist() == [7, 200, 90]
     assert read_image(tmp_path, "damaged.png")[0, 0].tolist() == [0, 255, 0]
     assert read_image(tmp_path, "wide.png")[0, 0].tolist() == [255, 0, 0]  # the profile calls green what sRGB calls red
@@ -196,7 +199,9 @@ def wide_profile() -> bytes:
             start = int.from_bytes(content[at + 4 : at + 8], "big")
             size = int.from_bytes(content[at + 8 : at + 12], "big")
             text = content[start : start + size]
-            content[start : start + size] = text.replace(b"sRGB", b"wide").replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))  # fmt: skip
+            for encoding in ("ascii", "utf-16-be"):
+                text = text.replace("sRGB".encode(encoding), "wide".encode(encoding))
+            content[start : start + size] = text
     return bytes(content)
 
 

@@ -164,8 +164,8 @@ def test_a_closed_terminal_ends_a_run_with_a_checkpoint_and_under_nohup_it_goes_
             assert caught.number == 0
     finally:
         signal.signal(signal.SIGHUP, old)
-    command = [sys.executable, "train_anime.py", "--data", str(pairs), "--output", str(tmp_path / "run"), "--steps",
-               "5000", "--batch_size", "1", "--resolution", "64", "--preview_every", "0", "--checkpoint_every", "2000"]  # fmt: skip
+    flags = "--steps 5000 --batch_size 1 --resolution 64 --preview_every 0 --checkpoint_every 2000".split()
+    command = [sys.executable, "train_anime.py", "--data", str(pairs), "--output", str(tmp_path / "run"), *flags]
     with open(tmp_path / "log.txt", "wb") as log:
         run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         end = time.monotonic() + 120
