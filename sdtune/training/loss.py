@@ -1,5 +1,7 @@
 """The training loss, and the loss by which held-out images are judged."""
 
+from typing import NamedTuple
+
 import torch
 from diffusers.training_utils import compute_snr
 from torch.nn import functional as F
@@ -43,6 +45,16 @@ def denoising_errors(unet, scheduler, encoded: Encoded, noises: int = 1) -> torc
                 loss = training_loss(unet, scheduler, latents[part], noise[part], timesteps, encoded.text[part])
                 total[part] += loss.cpu() / (8 * noises)
     return total
+
+
+class PendingLosses(NamedTuple):
+    """The losses of a step whose copy from the GPU may still be under way."""
+
+    step: int  # from 0
+    images: torch.Tensor  # the number of each image of the step, (batch of all processes,)
+    learning_rate: float
+    losses: torch.Tensor  # (batch of all processes,), on the CPU
+    copied: torch.cuda.Event | None  # recorded after the copy; None on a CPU
 
 
 class AttentionInFp32(TorchFunctionMode):

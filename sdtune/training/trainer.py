@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate.utils import set_seed
@@ -31,7 +30,7 @@ from .config import TrainConfig
 from .errors import Stopped, TrainError
 from .flat_weights import FlatWeights
 from .heldout import HeldOutLoss
-from .loss import training_loss
+from .loss import PendingLosses, training_loss
 from .previews import evaluation_mode, set_training_mode
 from .sample_step import sample_step
 from .signals import CatchSignals
@@ -117,16 +116,6 @@ def _run(trainer: "Trainer", on_step: Callable[[int, float], bool | None] | None
         except Exception as error:  # the hub's client raises many kinds; the result is on the disk whatever it was
             print(hub.how_to_push_again(trainer.output, config.push_to_hub, error), flush=True)
     return result
-
-
-class PendingLosses(NamedTuple):
-    """The losses of a step whose copy from the GPU may still be under way."""
-
-    step: int  # from 0
-    images: torch.Tensor  # the number of each image of the step, (batch of all processes,)
-    learning_rate: float
-    losses: torch.Tensor  # (batch of all processes,), on the CPU
-    copied: torch.cuda.Event | None  # recorded after the copy; None on a CPU
 
 
 class Trainer:
@@ -441,15 +430,15 @@ class Trainer:
         tuned = self._draw_preview(preview)
         if self.is_main:
             tuner_file.write_text(self.output / hub.HELDOUT_NAME, json.dumps(self.heldout.means()) + "\n")
-            title = f"{self.output.name}: {len(self.losses)} steps"
-            plots.plot_losses(plot, self.losses, self.heldout.means(), title)
+            plots.plot_losses(plot, self.losses, self.heldout.means(), f"{self.output.name}: {len(self.losses)} steps")
             self.pipe.to("cpu")
             difference = self.previews.verify_file(path, self.config.base, tuned[0])
-            result = f"draws the preview (difference {difference:.2f} of 255)"
-            self._print(f"checked: the file, loaded into a fresh pipeline, {result}")
+            self._print(
+                f"checked: a fresh pipeline draws the preview with the file (difference {difference:.2f} of 255)"
+            )
         self.close()
-        settings = self.output / "config.json"
-        return Result(self.is_main, path, preview, plot, settings, self.losses, self.heldout.means(), self.kept_step)
+        files = path, preview, plot, self.output / "config.json"
+        return Result(self.is_main, *files, self.losses, self.heldout.means(), self.kept_step)
 
     def close(self) -> None:
         """Ends the progress bar and the trackers."""

@@ -33,7 +33,7 @@ def test_a_run_leaves_tuner_preview_losses_and_settings(pairs, tmp_path):
 
 def test_the_saved_file_draws_what_training_drew_and_not_what_the_base_draws(pairs, tmp_path, capsys):
     sdtune.fit(short_run(pairs, tmp_path))
-    assert "draws the preview (difference 0.00 of 255)" in capsys.readouterr().out
+    assert "draws the preview with the file (difference 0.00 of 255)" in capsys.readouterr().out
 
 
 def test_a_picture_with_a_nan_loss_is_named_and_the_last_good_weights_are_kept(pairs, tmp_path, monkeypatch):
