@@ -21,13 +21,14 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, help="tuner or LoRA files that fit the base")
     parser.add_argument("--base", default="tiny-sd", help="tiny-sd, a folder, a .safetensors checkpoint or a hub id")
     parser.add_argument("--steps", type=int, default=30, help="sampling steps")
+    parser.add_argument("--count", type=int, default=12, help="how many of the 12 prompts")
     parser.add_argument("--output", type=Path, default=Path("sheet.png"), help="the PNG file to write")
     options = parser.parse_args()
 
     print(f"loading the base {options.base} ...", flush=True)
     pipe = load_base(options.base)
     names = [load_tuner(pipe, file, f"file-{i}") for i, file in enumerate(options.files)]
-    pairs = read_pairs(HERE, 256, "test")
+    pairs = read_pairs(HERE, 256, "test")[: options.count]
     columns = [{}, *({name: 1.0} for name in names)]
     guidance = default_guidance(pipe)
     cells = [Cell(pair.caption, i, adapters, guidance) for i, pair in enumerate(pairs) for adapters in columns]
