@@ -13,7 +13,7 @@ from .queue import Job
 # Options of all event handlers: no spinner over the outputs, and no entry in Gradio's public API.
 QUIET = dict(show_progress="hidden", api_visibility="private")
 EXAMPLE_PROMPTS = [
-    "a girl with long blue hair, under a night sky with a full moon, in anime style",
+    "a girl with short blue hair and green eyes, smiling, wearing a red sweater, in falling snow, in anime style",
     "a boy with spiky black hair, smiling, in the city at sunset, in anime style",
     "a girl with pink twin tails and cat ears, laughing, in anime style",
 ]
