@@ -51,14 +51,18 @@ def replace_with_processes(count: int, target: list[str], arguments: list[str]) 
 
 
 def start_quietly() -> None:
-    """`print_start`, then `silence_libraries`; says at once if what training needs is not installed."""
-    require("train")
+    """`print_start`, then `silence_libraries`."""
     print_start()
     silence_libraries()
 
 
 def print_start() -> None:
-    """Prints a line, in the first process only, so that a user sees something before the imports that take seconds."""
+    """Prints a line, in the first process only, so that a user sees something before the imports that take seconds.
+
+    Raises:
+        SystemExit: with one line, if a package that training needs is not installed.
+    """
+    require("train")
     if os.environ.get("RANK", "0") == "0":
         print("starting: importing PyTorch and diffusers", flush=True)
 
