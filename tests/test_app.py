@@ -207,7 +207,7 @@ def test_a_grid_has_two_axes_and_the_weight_slider_redraws(page):
     wait_for_text(page, "grid-status", "Drawn in")
     assert len(download_images(page, "drawn-grid")) == 1
     width, height = page.locator("#drawn-grid img.drawn").evaluate("i => [i.naturalWidth, i.naturalHeight]")
-    assert width > 2 * 192 and height > 3 * 192
+    assert width > 2 * 256 and height > 3 * 256
     open_tab(page, "Weight")
     page.locator("#weight-slider input[type=range]").focus()
     page.keyboard.press("ArrowRight")
@@ -235,7 +235,7 @@ def test_a_grid_compares_adapters_prompts_checkpoints_and_guidance(page):
     page.click("#draw-grid")
     wait_for_text(page, "grid-status", "Drawn in")
     width, height = page.locator("#drawn-grid img.drawn").evaluate("i => [i.naturalWidth, i.naturalHeight]")
-    assert width > 4 * 192 and height > 3 * 192
+    assert width > 4 * 256 and height > 3 * 256
 
     choose(page, "axis-across", "training checkpoint")
     page.locator("#adapters-across", has_text="run @ step 4").wait_for()
@@ -246,7 +246,7 @@ def test_a_grid_compares_adapters_prompts_checkpoints_and_guidance(page):
     page.click("#draw-grid")
     page.wait_for_function("old => document.querySelector('#drawn-grid img.drawn').src != old", arg=old)
     width, height = page.locator("#drawn-grid img.drawn").evaluate("i => [i.naturalWidth, i.naturalHeight]")
-    assert 2 * 192 < width < 3 * 192 + 100 and 2 * 192 < height < 3 * 192
+    assert 2 * 256 < width < 3 * 256 + 100 and 2 * 256 < height < 3 * 256
     choose(page, "axis-down", "adapter")
     page.click("#draw-grid")
     wait_for_text(page, "grid-status", "Both axes change the same setting")

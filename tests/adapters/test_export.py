@@ -24,7 +24,7 @@ def test_a_dora_is_written_in_kohyas_key_names(base, tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "dora-kohya.safetensors")
     found, expected = load_file(tmp_path / "dora-kohya.safetensors"), tuner_file.load(path).tensors
     assert len(found) == len(expected) / 3 * 4  # of each layer down, up, magnitudes, and alpha
-    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    block = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
     name = f"lora_unet_{block.replace('.', '_')}"
     assert found[f"{name}.dora_scale"].shape == (expected[f"{block}.lora_B.weight"].shape[0], 1)
     assert torch.equal(found[f"{name}.dora_scale"].flatten(), expected[f"{block}.lora_magnitude_vector"])

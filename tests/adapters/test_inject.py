@@ -27,7 +27,7 @@ def unet(base):
 def inputs(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     x, text = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((1, 4, 16, 16), (1, 9, 192)))
-    return x, torch.tensor([9]), text
+    return x, torch.tensor([500]), text
 
 
 def predict(unet, **kwargs):
@@ -260,7 +260,7 @@ def adapter_state(unet):
 def batch(copies, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     x, text = (torch.randn(4 * copies, *shape, generator=generator).to(dtype) for shape in ((4, 16, 16), (9, 192)))
-    return x, torch.tensor([9]), text
+    return x, torch.tensor([500]), text
 
 
 def one_by_one(unet, inputs, **kwargs):

@@ -35,7 +35,7 @@ def inputs(unet, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 4, 16, 16, generator=generator)
     text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
-    return x, torch.tensor([700.0, 20.0]), text
+    return x, torch.tensor([700.0, 200.0]), text
 
 
 def make_file(comfyui, base, name: str, seed: int = 0, folder: str = "tuners", **config) -> str:
