@@ -90,7 +90,7 @@ def test_decomposed_file_names_match_composed_captions(tmp_path):
 
 def test_images_of_one_stem_share_a_caption_file_and_a_note_says_so(tmp_path):
     write_image(tmp_path / "a.png")
-    write_image(tmp_path / "a.jpg")
+    write_image(tmp_path / "a.jpg", color=(0, 80, 200))
     write_caption(tmp_path / "a.txt")
     assert read_captions(tmp_path) == {"a.jpg": "a girl", "a.png": "a girl"}
     assert read_notes(tmp_path) == ["a.jpg, a.png share the caption in a.txt"]

@@ -59,7 +59,7 @@ def test_activations_that_can_be_recomputed_are_not_saved(pipe, monkeypatch, on_
     monkeypatch.setattr(memory, "_is_cuda", lambda x: on_gpu)
     monkeypatch.setattr(winograd, "MIN_TILES", 10**9)  # our own convolution saves no input either
     unet, _ = unet_with_tuner(pipe, "res_attn")
-    resnet, attentions = unet.up_blocks[-1].resnets[-1], unet.up_blocks[-1].attentions[-1]
+    resnet, attentions = unet.up_blocks[-2].resnets[-1], unet.up_blocks[-2].attentions[-1]
     block, seen = attentions.transformer_blocks[0], {}
 
     def remember(name: str, x: torch.Tensor) -> torch.Tensor:
