@@ -110,9 +110,11 @@ def build_train_tab(window: Window) -> tuple:
 
         return on_click
 
-    def on_change(uploaded, *values):
-        captions = [caption for _, caption in uploaded.pairs] if uploaded else []
+    def on_change(uploaded, captions, *values):
         try:
+            captions = json.loads(captions)
+            if uploaded and len(captions) != len(uploaded.pairs):  # the fields are still loading
+                captions = [caption for _, caption in uploaded.pairs]
             return plan(uploaded, captions, values).shell_command()
         except (ValueError, OSError) as error:
             return plain_message(error)
@@ -143,7 +145,7 @@ def build_train_tab(window: Window) -> tuple:
     save.click(make_handler(start=False), clicked, [problems, command, train], js=READ_CAPTIONS, **QUIET)
     files.change(on_files, files, [uploaded, problems], **QUIET)
     source.change(on_source, source, [files, save, problems], **QUIET)
-    gr.on([uploaded.change, *(field.change for field in fields)], on_change, [uploaded, *fields], command,
+    gr.on([uploaded.change, *(field.change for field in fields)], on_change, clicked, command, js=READ_CAPTIONS,
           trigger_mode="always_last", **QUIET)  # fmt: skip
     return _connect_progress(window, problems, [status, curve, preview, train, stop, draw, resume])
 
