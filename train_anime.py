@@ -4,7 +4,7 @@
     accelerate launch train_anime.py --base path/to/sd-v1-5 --data my/pictures --output output/mine
 
 Every flag is a field of `sdtune.TunerConfig` or `sdtune.TrainConfig`; `--help` lists them. The training itself is
-`sdtune.fit`, in sdtune/training/trainer.py.
+`sdtune.fit`, in sdtune/training/fit.py.
 """
 
 import os

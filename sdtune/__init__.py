@@ -23,7 +23,7 @@ _MODULES = {
     "draw_cells": "inference.compare",
     "TrainConfig": "training.config",
     "DataError": "training.errors",
-    "fit": "training.trainer",
+    "fit": "training.fit",
 }
 __all__ = list(_MODULES)
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .inference.compare import Cell, compare, draw_cells
     from .training.config import TrainConfig
     from .training.errors import DataError
-    from .training.trainer import fit
+    from .training.fit import fit
     from .tuners import ResAttn, TunerConfig
 
 

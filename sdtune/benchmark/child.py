@@ -17,7 +17,7 @@ import torch
 
 from ..bases import load
 from ..inference import compare
-from ..training import dataset, encoding, launch, trainer
+from ..training import dataset, encoding, fit, launch
 from .candidates import REFERENCE, Job, prepare
 from .kernel_switches import switched_off
 
@@ -54,7 +54,7 @@ def measure_alone(job: Job, started: float, result: str) -> None:
     found, before = {"imports": time.time() - started}, used_memory()
     with _timed_parts(found):
         if job.part == "finish" and job.name != REFERENCE:
-            trainer.fit(*job.configs())
+            fit.fit(*job.configs())
         else:
             with _peak_memory() as whole:
                 candidate = prepare(job)

@@ -24,7 +24,7 @@ from ..bases import load, properties
 from ..training import dataset, encoding
 from ..training.config import TrainConfig
 from ..training.errors import Stopped, TrainError
-from ..training.trainer import fit
+from ..training.fit import fit
 from ..tuners.config import FULL, TunerConfig
 from . import features
 from .methods import GROUPS, EvaluationError, methods

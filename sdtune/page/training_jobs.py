@@ -182,7 +182,7 @@ class Trainings:
 
     def _train(self, job: Job) -> Path:
         """Runs a training in the thread of the queue and returns the tuner's file."""
-        from ..training.trainer import fit  # heavy, and only needed here
+        from ..training.fit import fit  # heavy, and only needed here
 
         def on_step(done: int, loss: float) -> bool:
             job.done = done

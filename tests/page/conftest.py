@@ -11,6 +11,7 @@ from sdtune.adapters import tuner_file
 from sdtune.page.backend import Backend
 from sdtune.page.queue import Job
 from sdtune.training import errors, trainer
+from sdtune.training import fit as fit_module
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def backend(tmp_path, monkeypatch):
             raise errors.Stopped("stopped", signal.SIGTERM)
         return trainer.Result(True, folder / tuner_file.FILE_NAME, *[folder] * 3, [], {}, 3)
 
-    monkeypatch.setattr(trainer, "fit", fit)
+    monkeypatch.setattr(fit_module, "fit", fit)
     backend = Backend("tiny-sd", tmp_path / "output")
     backend.may_finish, backend.training_started = may_finish, training_started
     yield backend

@@ -1,0 +1,70 @@
+"""`fit` trains a tuner on images and their captions: it makes a `Trainer` and calls it step by step."""
+
+import signal
+from collections.abc import Callable
+
+from ..adapters import hub
+from ..tuners.config import TunerConfig
+from . import checkpoints, run_folder
+from .config import TrainConfig
+from .errors import Stopped
+from .signals import CatchSignals
+from .trainer import Result, Trainer
+
+
+def fit(
+    config: TrainConfig, tuner: TunerConfig | None = None, on_step: Callable[[int, float], bool | None] | None = None
+) -> Result:
+    """Trains a tuner on a folder of images with captions.
+
+    Writes into `config.output`, by default the first free one of output/anime, output/anime-2, ...:
+    tuner.safetensors, preview.png, loss.png, config.json, checkpoints/ and previews/.
+
+    Args:
+        tuner: what to train; by default `TunerConfig()`, a Res-Attn tuner.
+        on_step: called after each step with the number of finished steps and the last loss (on a GPU, after the next
+            step has begun). If it returns True, the run stops as it does after a signal.
+
+    Raises:
+        DataError, BaseError: before any training, with everything that is wrong with the data or the base.
+        Stopped: after a signal, once a checkpoint has been written.
+        TrainError: if the output folder holds what an earlier run has trained and `resume` is off, or is in use; if
+            there is nothing to resume, if the disk is full, or if the loss is not finite; in that case the last good
+            weights are in the output folder.
+    """
+    with run_folder.RunFolder() as folder:
+        return _run(Trainer(config, tuner or TunerConfig(), folder), on_step)
+
+
+def _run(trainer: Trainer, on_step: Callable[[int, float], bool | None] | None) -> Result:
+    config = trainer.config
+    with CatchSignals() as signals:
+        # a resumed run may have been stopped after its checkpoint was written and before its preview was drawn
+        ended = trainer.done and trainer.preview_and_check_stopping()
+        while trainer.done < config.steps and not ended:
+            known_losses = len(trainer.losses)
+            trainer.step()
+            checkpoint_due = trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps
+            if checkpoint_due:
+                trainer.read_pending_losses()
+            has_new_loss = len(trainer.losses) > known_losses
+            stop_requested = on_step and has_new_loss and on_step(len(trainer.losses), trainer.losses[-1])
+            if trainer.done == config.steps:
+                trainer.save_result()
+            stop = trainer.max_over_processes(signals.number or (signal.SIGTERM if stop_requested else 0))
+            if checkpoint_due or stop:
+                trainer.write_checkpoint()
+            if stop:
+                trainer.close()
+                raise Stopped(
+                    f"stopped at step {trainer.done} of {config.steps}; a checkpoint is in "
+                    f"{trainer.output / checkpoints.FOLDER}. Continue with the same command and --resume", stop
+                )  # fmt: skip
+            ended = trainer.preview_and_check_stopping()
+    result = trainer.finish()
+    if result.main and config.push_to_hub:
+        try:
+            print(f"pushed to {hub.push_to_hub(trainer.output, config.push_to_hub)}", flush=True)
+        except Exception as error:  # the hub's client raises many kinds; the result is on the disk whatever it was
+            print(hub.how_to_push_again(trainer.output, config.push_to_hub, error), flush=True)
+    return result
