@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "page",
     "integrations",
+    "vision",
     "evaluation",
     "benchmark",
     "training",

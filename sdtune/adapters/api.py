@@ -1,7 +1,9 @@
-"""What users call on a diffusers pipeline (or a bare UNet): load, add, save, unload a tuner.
+"""What users call on a pipeline, a bare UNet or a vision model of transformers: load, add, save, unload a tuner.
 
 After that diffusers' own `set_adapters`, `disable_lora` / `enable_lora`, `delete_adapters`,
-`get_active_adapters` and `get_list_adapters` treat the tuner as they treat a LoRA.
+`get_active_adapters` and `get_list_adapters` treat the tuner as they treat a LoRA; so do the `set_adapter`,
+`disable_adapters` and `enable_adapters` of transformers. A vision model's classification head is trained with the
+tuner, and belongs to its file.
 """
 
 from contextlib import contextmanager
@@ -12,8 +14,8 @@ import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
 from ..bases.properties import describe_base, get_unet
-from ..tuners.config import LORAS, TunerConfig
-from . import foreign_lora, inject, lora, peft_model, state, tuner_file  # noqa: F401  peft_model registers tuners
+from ..tuners.config import LORAS, NOAH, PEFT_METHODS, TunerConfig
+from . import foreign_lora, inject, lora, noah, peft_model, state, tuner_file  # noqa: F401  peft_model registers tuners
 
 
 def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub) -> str:
@@ -22,7 +24,7 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
     A LoRA file of another tool is loaded by diffusers' `load_lora_weights`.
 
     Args:
-        pipe: a diffusers pipeline with a `unet`, or the UNet itself.
+        pipe: a diffusers pipeline with a `unet`, or the UNet itself, or a vision model of transformers.
         source: a .safetensors file, a folder with one, or a hub id.
         adapter_name: the adapter's name; by default tuner_0, tuner_1 and so on.
         weight_name: the file's name in a folder or hub repository.
@@ -47,7 +49,9 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
         _load_plain_lora(pipe, path, name)
         return name
     file = tuner_file.load(path)
-    tuner_file.check_fits(file, expected_shapes(unet, file.config), path)
+    tuner_file.check_family(file, describe_base(pipe), path)
+    expected = expected_shapes(unet, file.config, inject.count_classes(file.tensors))
+    tuner_file.check_fits(file, expected, path)
     _attach(pipe, file.config, name, file.tensors)
     unet.peft_config[name].file = replace(file, tensors={})
     return name
@@ -56,7 +60,7 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
 def _load_plain_lora(pipe, path: Path, name: str) -> None:
     if pipe is get_unet(pipe):
         raise tuner_file.TunerFileError(
-            f"{path} is a LoRA of another tool; load it into a pipeline, not into a bare UNet"
+            f"{path} is a LoRA of another tool; load it into a pipeline, not into a bare {type(pipe).__name__}"
         )
     models = [m for m in (pipe.unet, getattr(pipe, "text_encoder", None)) if m is not None]
     with state.preserve_adapters(*models):
@@ -77,8 +81,8 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tune
     """Adds a fresh tuner to a pipeline's UNet; it starts at zero, so it changes no picture yet.
 
     Args:
-        pipe: a diffusers pipeline with a `unet`, or the UNet itself.
-        config: the tuner and its operations; by default Res-Attn 4x4 on attn1, attn2 and ff.
+        pipe: a diffusers pipeline with a `unet`, or the UNet itself, or a vision model of transformers.
+        config: the tuner and its operations; by default Res-Attn 4x4 on attn1, attn2 (not in a vision model) and ff.
 
     Raises:
         ValueError: if the name is taken or cannot be one, or the UNet lacks the operations.
@@ -89,13 +93,19 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tune
 
 
 def _adapter_module(config: TunerConfig):
-    """The module for adapters of this kind, `inject` or `lora`, which have the same functions."""
-    return lora if config.kind in LORAS else inject
+    """The module for adapters of this kind, `inject`, `lora` or `noah`, which have the same functions."""
+    if config.kind == NOAH:
+        return noah
+    return lora if config.kind in (*LORAS, *PEFT_METHODS) else inject
 
 
-def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a tuner or LoRA of this configuration has on this UNet: its key in a file -> its shape."""
-    return _adapter_module(config).expected_shapes(unet, config)
+def expected_shapes(unet, config: TunerConfig, classes: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a tuner or LoRA of this configuration has on this model: its key in a file -> its shape.
+
+    Args:
+        classes: number of classes of a vision model's head; default: as many as the model's own.
+    """
+    return _adapter_module(config).expected_shapes(unet, config, classes)
 
 
 def tuner_config(pipe, adapter_name: str) -> TunerConfig:
@@ -133,13 +143,15 @@ def save_tuner(
     dtype: torch.dtype = torch.float16,
     trigger_words: str | None = None,
     training: dict | None = None,
+    labels: list[str] | None = None,
 ) -> Path:
     """Writes the tuner's weights and its configuration into a file, and nothing of the base.
 
     Args:
         path: a file ending in .safetensors, or a folder.
         dtype: of the weights in the file.
-        trigger_words, training: go into the metadata; by default those of the file it was loaded from.
+        trigger_words, training, labels: go into the metadata; by default those of the file it was loaded from. `labels`
+            are the names of the classes of a vision model's head.
 
     Returns:
         The path of the file.
@@ -158,6 +170,7 @@ def save_tuner(
         describe_base(pipe),
         trigger_words if trigger_words is not None else getattr(old, "trigger_words", ""),
         training if training is not None else getattr(old, "training", {}),
+        labels=labels if labels is not None else getattr(old, "labels", []),
     )
     return tuner_file.save(path, file, dtype)
 

@@ -3,17 +3,18 @@
 from dataclasses import dataclass, field, fields
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..tuners.base import Context
 from ..tuners.config import TunerConfig
+from ..tuners.vpt import VPT
 from .operations import CHILD_NAME, Operation
 from .sample_weights import per_sample_shape, tile_weights, to_device
 
 PEFT_TYPE = "SDTUNE"  # the name of tuners among PEFT's methods
+INPUT_NAME = "_sdtune_input"  # what `keep_input` keeps in a block, for a bypass
 
 
 @dataclass
@@ -59,41 +60,76 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self._disable_adapters = False
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor | None:
+    def _active_scales(self) -> dict[str, float | torch.Tensor]:
+        """The active tuners of this operation, and their weights times the call's scale."""
+        names = [] if self._disable_adapters else [n for n in self.active_adapters if n in self.tuners]
+        return {n: self.weights.get(n, 0.0) * self.call_scales.get(n, 1.0) for n in names}
+
+    def forward(
+        self, x: torch.Tensor, text: torch.Tensor | None = None, output: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """The weighted sum of the active tuners at x, (B, N, dim), or None where no tuner is active.
 
         Args:
-            x: the input of the operation, (B, N, dim); for full fine-tuning the input of the layer.
+            x: the input of the operation, (B, N, dim); for methods that change single layers the input of the layer.
             text: the operation's `encoder_hidden_states`, (B, L, text width), where it receives them.
+            output: the operation's own result.
         """
         total = None
-        for name in [] if self._disable_adapters else self.active_adapters:
-            scale = self.weights.get(name, 0.0) * self.call_scales.get(name, 1.0)
-            if name not in self.tuners:
-                continue
+        for name, scale in self._active_scales().items():
+            if isinstance(self.tuners[name], VPT):
+                continue  # its tokens are in the input already
             if isinstance(scale, torch.Tensor):
-                part = self._run_per_sample(name, x, text, scale)
+                part = self._run_per_sample(name, x, text, output, scale)
             elif scale == 0:
                 continue
             else:
-                part = self._run_tuner(name, x, text)
+                part = self._run_tuner(name, x, text, output)
                 part = part if scale == 1 else part * scale
             total = part if total is None or part is None else total + part
         return total
 
-    def _run_tuner(self, name: str, x: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
-        tuner, block = self.tuners[name], self.operation.block
-        chunked = self.operation.name == "ff" and block._chunk_size is not None and block._chunk_dim == 1
-        if chunked and not tuner.per_token:
+    def prompts(self) -> list[torch.Tensor]:
+        """The trainable tokens, (length, dim), of the active VPT tuners of this block.
+
+        Raises:
+            ValueError: if one has a weight other than 0 and 1.
+        """
+        found = []
+        for name, scale in self._active_scales().items():
+            if isinstance(self.tuners[name], VPT):
+                if isinstance(scale, torch.Tensor) or scale not in (0, 1):
+                    raise ValueError(
+                        f"the weight of {name!r} is {scale}; trainable tokens (vpt) are there or not: 0 or 1"
+                    )
+                found += [self.tuners[name].prompt] if scale else []
+        return found
+
+    def head(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The logits of the first active adapter's own head, or None where no active adapter has one."""
+        for name, scale in self._active_scales().items():
+            if isinstance(scale, torch.Tensor) or scale != 0:
+                return self._run_tuner(name, x, None, None)
+        return None
+
+    def _run_tuner(
+        self, name: str, x: torch.Tensor, text: torch.Tensor | None, output: torch.Tensor | None
+    ) -> torch.Tensor:
+        tuner = self.tuners[name]
+        if self.operation.receives_chunks and not tuner.per_token:
             raise ValueError(
                 f"the tuner {name!r} attends to all tokens, but its feed-forward receives them in chunks; chunk "
                 "it along the batch, set_chunk_feed_forward(size, dim=0), or not at all, set_chunk_feed_forward(None)"
             )
         if not tuner.calls_base and not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, next(tuner.parameters()).dtype)
-        return tuner(x, Context(self.operation.attention, text))
+            output = None if output is None else self._cast_input_dtype(output, x.dtype)
+        inputs = tuple(block.__dict__.pop(INPUT_NAME) for block in self.operation.blocks)
+        return tuner(x, Context(self.operation.attention, text, output, inputs))
 
-    def _run_per_sample(self, name: str, x: torch.Tensor, text: torch.Tensor | None, weights: torch.Tensor):
+    def _run_per_sample(
+        self, name: str, x: torch.Tensor, text: torch.Tensor | None, output: torch.Tensor | None, weights: torch.Tensor
+    ) -> torch.Tensor | None:
         """Each sample's result times its own weight; samples of weight 0 are left out where that is possible."""
         weights = tile_weights(weights, len(x))
         rows = weights.nonzero()[:, 0]  # on the CPU, as the weights are, so that nothing waits for the GPU
@@ -102,7 +138,8 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         if self.tuners[name].calls_base:  # a LoRA in the base may need the whole batch, too
             rows = torch.arange(len(x))
         weights, rows = to_device(weights[rows], x.device), to_device(rows, x.device)
-        part = self._run_tuner(name, x[rows], None if text is None else text[rows])
+        text, output = (None if t is None else t[rows] for t in (text, output))
+        part = self._run_tuner(name, x[rows], text, output)
         part = (part * per_sample_shape(weights, part)).to(part.dtype)
         return part.new_zeros(len(x), *part.shape[1:]).index_copy(0, rows, part)
 
@@ -171,21 +208,54 @@ def cannot_fuse_message(names: list[str]) -> str:
     )
 
 
-def add_residual(op: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-    """The forward hook: x' = OP(x) + tuner(x), with OP's own input x."""
+def add_residual(op: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor | tuple):
+    """The forward hook: x' = OP(x) + tuner(x), with OP's own input x.
+
+    The attention of transformers returns a tuple, whose first part is OP(x).
+    """
     layer = op._modules.get(CHILD_NAME)
     if layer is None:  # unload_lora_weights has removed the tuners
         return None
+    if isinstance(output, tuple):
+        first = add_residual(op, args, kwargs, output[0])
+        return None if first is None else (first, *output[1:])
     x = args[0] if args else kwargs["hidden_states"]
-    position = 2 if isinstance(op, BasicTransformerBlock) else 1  # gradient checkpointing passes all by position
-    text = kwargs.get("encoder_hidden_states", args[position] if len(args) > position else None)
-    residual = layer(x, text[0] if isinstance(text, tuple) else text)  # an IP-Adapter passes (text, pictures)
+    prompts = sum(len(p) for p in layer.prompts())
+    if prompts:  # `insert_prompts` has put them behind the tokens
+        x, output = x[:, :-prompts], output[:, :-prompts]
+    position, text = layer.operation.text_position, None
+    if position is not None:  # gradient checkpointing passes all by position
+        text = kwargs.get("encoder_hidden_states", args[position] if len(args) > position else None)
+        text = text[0] if isinstance(text, tuple) else text  # an IP-Adapter passes (text, pictures)
+    residual = layer(x, text, output)
     if residual is None:
-        return None
+        return output if prompts else None
     residual = residual.to(output.dtype)
     if torch.is_grad_enabled():
         return output + residual
     return output.add_(residual)  # in place: it saves a quarter of the time that a tuner costs
+
+
+def insert_prompts(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """The pre-hook of a block: puts the tokens of active VPT tuners behind the block's own, (B, N + length, dim)."""
+    layer = block._modules.get(CHILD_NAME)
+    prompts = layer.prompts() if layer is not None else []
+    if not prompts:
+        return None
+    x = args[0] if args else kwargs["hidden_states"]
+    x = torch.cat([x, *(p.to(x.dtype).expand(len(x), -1, -1) for p in prompts)], dim=1)
+    return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
+
+
+def keep_input(block: nn.Module, args: tuple, kwargs: dict) -> None:
+    """The pre-hook of every block of a model with a bypass: keeps what the block receives until the last is done."""
+    block.__dict__[INPUT_NAME] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+
+def replace_head(head: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+    """The forward hook of a classification head: the active adapter's head takes its place."""
+    layer = head._modules.get(CHILD_NAME)
+    return None if layer is None else layer.head(args[0])
 
 
 def tuner_layers(unet) -> list[tuple[str, ParallelTuners]]:

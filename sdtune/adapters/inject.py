@@ -17,16 +17,37 @@ from torch import nn
 
 from ..tuners.config import TunerConfig
 from .diffusers_guards import fuse_lora, load_lora_adapter, set_adapters, unload_lora
-from .hook import ParallelTuners, TunerPeftConfig, add_residual, tuner_layers, tuner_names
-from .operations import CHILD_NAME, find_operations
+from .hook import (
+    INPUT_NAME,
+    ParallelTuners,
+    TunerPeftConfig,
+    add_residual,
+    insert_prompts,
+    keep_input,
+    replace_head,
+    tuner_layers,
+    tuner_names,
+)
+from .operations import CHILD_NAME, Operation, find_operations, is_vision_model
+
+_HOOKS, _PRE_HOOKS = (add_residual, replace_head), (insert_prompts, keep_input)
 
 
-def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a tuner of this configuration has on this UNet: "<op path>.<parameter>" -> shape."""
+def expected_shapes(unet, config: TunerConfig, classes: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a tuner of this configuration has on this model: "<op path>.<parameter>" -> shape.
+
+    Args:
+        classes: number of classes of a vision model's head; default: as many as the model's own.
+    """
+    return shapes_of(find_operations(unet, config, classes), config)
+
+
+def shapes_of(ops: dict[str, Operation], config: TunerConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of the tuners of these operations: "<op path>.<parameter>" -> shape."""
     with torch.device("meta"):
         return {
             f"{path}.{name}": tuple(p.shape)
-            for path, op in find_operations(unet, config).items()
+            for path, op in ops.items()
             for name, p in op.new_tuner(config).named_parameters()
         }
 
@@ -55,7 +76,24 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
             changed then.
     """
     check_new_name(unet, name)
-    ops = find_operations(unet, config)
+    add_to_operations(unet, find_operations(unet, config, count_classes(tensors)), config, name, tensors)
+    unet.peft_config[name] = TunerPeftConfig(**asdict(config))
+    if not is_vision_model(unet):
+        unet.fuse_lora = partial(fuse_lora, unet)  # unlike a method, a partial can be pickled
+        unet.load_lora_adapter = partial(load_lora_adapter, unet)
+        unet.unload_lora, unet.set_adapters = partial(unload_lora, unet), partial(set_adapters, unet)
+    activate(unet, name)
+
+
+def count_classes(tensors: dict[str, torch.Tensor] | None) -> int | None:
+    """The number of classes of the head in a file; None where there is no head in it."""
+    return next((len(t) for k, t in (tensors or {}).items() if k.endswith("classifier.bias")), None)
+
+
+def add_to_operations(
+    unet, ops: dict[str, Operation], config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None
+) -> None:
+    """Adds a tuner to each of these operations, as `add_adapter` does, without activating it."""
     tuners = {}
     for path, op in ops.items():
         device = next(op.module.parameters()).device
@@ -74,19 +112,29 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
 
     if getattr(unet, "peft_config", None) is None:
         unet.peft_config = {}
-    unet.peft_config[name] = TunerPeftConfig(**asdict(config))
     unet._hf_peft_config_loaded = True
     for path, op in ops.items():
         if op.module._modules.get(CHILD_NAME) is None:
             setattr(op.module, CHILD_NAME, ParallelTuners(op))
-            if not any(hook is add_residual for hook in op.module._forward_hooks.values()):
-                op.module.register_forward_hook(add_residual, with_kwargs=True)
+        _register_hooks(op)
         layer = getattr(op.module, CHILD_NAME)
         layer.tuners[name], layer.weights[name] = tuners[path], 1.0
         layer.unet_adapters = unet.peft_config
-    unet.fuse_lora = partial(fuse_lora, unet)  # unlike a method, a partial can be pickled
-    unet.load_lora_adapter = partial(load_lora_adapter, unet)
-    unet.unload_lora, unet.set_adapters = partial(unload_lora, unet), partial(set_adapters, unet)
+
+
+def _register_hooks(op: Operation) -> None:
+    """Registers the hooks of an operation, each once for a module."""
+    hook = replace_head if op.name == "head" else add_residual
+    if not any(h is hook for h in op.module._forward_hooks.values()):
+        op.module.register_forward_hook(hook, with_kwargs=True)
+    pre = {"block": [(op.module, insert_prompts)], "bypass": [(block, keep_input) for block in op.blocks]}
+    for module, hook in pre.get(op.name, []):
+        if not any(h is hook for h in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def activate(unet, name: str) -> None:
+    """Makes the adapter the only active one."""
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter([name])
@@ -110,17 +158,49 @@ def remove_adapter(unet, name: str, pipe=None) -> None:
     Args:
         pipe: the UNet's pipeline, if there is one; then adapters in its text encoder are updated, too.
     """
-    (pipe or unet).delete_adapters(name)
+    if is_vision_model(unet):
+        _delete_from_vision_model(unet, name)
+    else:
+        (pipe or unet).delete_adapters(name)
     for _, layer in tuner_layers(unet):
         if not layer.tuners:
-            op = layer.operation.module
-            delattr(op, CHILD_NAME)
-            for key in [k for k, hook in op._forward_hooks.items() if hook is add_residual]:
-                del op._forward_hooks[key], op._forward_hooks_with_kwargs[key]
+            op = layer.operation
+            delattr(op.module, CHILD_NAME)
+            for module in {op.module, *op.blocks}:
+                _remove_hooks(module)
+                module.__dict__.pop(INPUT_NAME, None)
     _forget_compiled_code()
     if not tuner_names(unet):
         for name in ("fuse_lora", "load_lora_adapter", "unload_lora", "set_adapters"):
             unet.__dict__.pop(name, None)
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for hooks, with_kwargs, ours in (
+        (module._forward_hooks, module._forward_hooks_with_kwargs, _HOOKS),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, _PRE_HOOKS),
+    ):
+        for key in [k for k, hook in hooks.items() if hook in ours]:
+            del hooks[key], with_kwargs[key]
+
+
+def _delete_from_vision_model(model, name: str) -> None:
+    """Deletes an adapter; layers that PEFT has wrapped return when no other adapter is left on them.
+
+    transformers' own `delete_adapter` knows the methods of PEFT only, and leaves the wrapped layers.
+    """
+    active = [n for n in model.active_adapters() if n != name] or [n for n in model.peft_config if n != name][:1]
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.delete_adapter(name)
+            layer.set_adapter(active)
+            if not isinstance(layer, ParallelTuners) and not layer._get_available_adapters():
+                parent, _, child = path.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    del model.peft_config[name]
+    if not model.peft_config:
+        del model.peft_config
+        model._hf_peft_config_loaded = False
 
 
 def _forget_compiled_code() -> None:

@@ -1,48 +1,77 @@
-"""LoRA and DoRA, through PEFT, on the layers of the same operations; the functions are those of `inject`.
+"""LoRA and its relatives, through PEFT, on the layers of the same operations; the functions are those of `inject`.
 
-Their files are read by diffusers (`pipe.load_lora_weights`) and carry our metadata.
+Their files are read by diffusers (`pipe.load_lora_weights`) and carry our metadata. OFT (arXiv 2306.07280), LoKr
+(arXiv 2309.14859) and IA3 (arXiv 2205.05638) are for vision models only, as rows of comparisons.
 """
 
+import re
+
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
 from torch import nn
 
-from ..tuners.config import TunerConfig
+from ..tuners.config import LORAS, TunerConfig
+from . import inject
+from .operations import CHILD_NAME, Operation, find_heads, is_vision_model, lora_layer_names
 
-# The layers of an operation, as diffusers names them. "conv" is what LoCon adds to LoRA (LyCORIS, arXiv 2309.14859).
-LAYERS = {
-    "attn1": ("to_q", "to_k", "to_v", "to_out.0"),
-    "attn2": ("to_q", "to_k", "to_v", "to_out.0"),
-    "ff": ("net.0.proj", "net.2"),
-    "conv": ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out"),
-}
+_PARAMETER = re.compile(r"(.*)\.((?:lora|oft|lokr|ia3)_.*)")
 
 
-def _layer_names(config: TunerConfig) -> list[str]:
-    """The ends of the paths of all layers that an adapter of this configuration is on."""
-    return [layer if op == "conv" else f"{op}.{layer}" for op in config.ops for layer in LAYERS[op]]
+def _peft_config(model, config: TunerConfig) -> PeftConfig:
+    """PEFT's configuration for this kind, with the defaults of PEFT except for the rank, and alpha equal to it."""
+    layers = lora_layer_names(model, config)
+    if config.kind in LORAS:
+        # fresh weights start as in diffusers' training scripts, A Gaussian and B zero
+        return LoraConfig(
+            r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=layers,
+            use_dora=config.kind == "dora",
+        )  # fmt: skip
+    if not is_vision_model(model):
+        raise ValueError(f"{config.kind} is for vision transformers only; found {type(model).__name__}")
+    if config.kind == "oft":
+        return OFTConfig(r=0, oft_block_size=2 * config.rank, target_modules=layers)  # a block must divide the width
+    if config.kind == "lokr":
+        return LoKrConfig(r=config.rank, alpha=config.rank, target_modules=layers)
+    return IA3Config(target_modules=layers, feedforward_modules=[n for n in layers if n.endswith("fc2")])
+
+
+def _heads(model, classes: int | None = None) -> dict[str, Operation]:
+    return {path: Operation("head", module, classes=classes) for path, module in find_heads(model).items()}
 
 
 def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
-    """Adds a LoRA or DoRA of `config.rank` (alpha equal to it) on every layer of `config.ops`, and activates it.
+    """Adds a LoRA or DoRA of `config.rank` (alpha equal to it) on every layer of `config.ops`, and activates it; to a
+    vision model also the other methods of PEFT, and a head that is trained with it.
 
-    Fresh weights start as in diffusers' training scripts, A Gaussian and B zero; the keys of
-    `tensors` are those of `adapter_parameters`.
+    The keys of `tensors` are those of `adapter_parameters`.
     """
-    if tensors is None:
-        lora = LoraConfig(
-            r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=_layer_names(config),
-            use_dora=config.kind == "dora",
-        )  # fmt: skip
-        unet.add_adapter(lora, adapter_name=name)
-    else:
+    if tensors is not None and not is_vision_model(unet):
         unet.load_lora_adapter({f"unet.{k}": t for k, t in tensors.items()}, prefix="unet", adapter_name=name)
+    else:
+        unet.add_adapter(_peft_config(unet, config), adapter_name=name)
+        inject.add_to_operations(unet, _heads(unet, inject.count_classes(tensors)), config, name, tensors)
+        if tensors is not None:
+            for key, parameter in adapter_parameters(unet, name).items():
+                parameter.data.copy_(tensors[key])
+        if is_vision_model(unet):
+            inject.activate(unet, name)
     unet.peft_config[name].tuner = config
 
 
-def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that an adapter of this configuration has on this UNet, by its key, and its shape."""
-    ends, shapes = tuple(f".{name}" for name in _layer_names(config)), {}
+def expected_shapes(unet, config: TunerConfig, classes: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Every tensor that an adapter of this configuration has on this model, by its key, and its shape.
+
+    Args:
+        classes: number of classes of a vision model's head; default: as many as the model's own.
+    """
+    shapes = inject.shapes_of(_heads(unet, classes), config)
+    if config.kind not in LORAS:
+        peft_config = _peft_config(unet, config)
+        with torch.device("meta"):
+            twin = type(unet)(unet.config)  # PEFT knows the shapes of its methods only once they are added
+            twin.add_adapter(peft_config, adapter_name="twin")
+        return {k: tuple(p.shape) for k, p in adapter_parameters(twin, "twin").items()} | shapes
+    ends = tuple(f".{name}" for name in lora_layer_names(unet, config))
     for path, layer in unet.named_modules():
         if not path.endswith(ends) or not hasattr(layer, "weight"):
             continue
@@ -55,20 +84,24 @@ def expected_shapes(unet, config: TunerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def adapter_parameters(unet, name: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters under the keys that diffusers saves: "<layer path>.lora_A.weight" and so on."""
-    found = {}
+    """The adapter's parameters under the keys that diffusers saves, "<layer path>.lora_A.weight" and so on; and those
+    of its head."""
+    found = inject.adapter_parameters(unet, name)
     for key, parameter in unet.named_parameters():
-        path, _, rest = key.partition(".lora_")
-        parts = rest.split(".")
+        match = _PARAMETER.fullmatch(key)
+        parts = match[2].split(".") if match and f".{CHILD_NAME}." not in key else []
         if parts[1:2] == [name]:
             del parts[1]
-            key = f"{path}.lora_{'.'.join(parts)}"
+            key = f"{match[1]}.{'.'.join(parts)}"
             found[key.removesuffix(".weight") if "magnitude" in key else key] = parameter
     return found
 
 
 def remove_adapter(unet, name: str, pipe=None) -> None:
-    """Removes the adapter; the UNet's own layers return when no other adapter is left."""
+    """Removes the adapter; the model's own layers return when no other adapter is left."""
+    if is_vision_model(unet):
+        inject.remove_adapter(unet, name)
+        return
     (pipe or unet).delete_adapters(name)
     if not getattr(unet, "peft_config", None):
         unet.unload_lora()

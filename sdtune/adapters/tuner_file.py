@@ -1,6 +1,7 @@
 """The tuner file: safetensors with the tuner's weights only, and metadata that says how to load it.
 
-`save` and `load` are a pair: what one writes the other reads with no flags. Keys are "unet.<op path>.<parameter>".
+`save` and `load` are a pair: what one writes the other reads with no flags. Keys are "unet.<op path>.<parameter>", and
+for a vision model "<op path>.<parameter>", with those of its classification head.
 Those of a LoRA are kohya's, "lora_unet_<layer path>.lora_down.weight", which diffusers, ComfyUI, Forge, AUTOMATIC1111
 and InvokeAI read. A DoRA keeps PEFT's keys, since diffusers reads no other DoRA exactly. The metadata holds the format
 version, the tuner's configuration, the base's name and shape, trigger words, training settings and library versions as
@@ -38,10 +39,12 @@ class TunerFile:
     Attributes:
         config: the tuner.
         tensors: "<op path>.<parameter>" -> weights on the CPU.
-        base: `name` of the base it was trained on and its `shape` (UNet configuration values that matter).
+        base: `name` of the base it was trained on and its `shape` (configuration values that matter); `family`, "vit"
+            for example, where it is a vision model and no UNet.
         trigger_words: words that every training caption began with.
         training: the settings of the run that made it; empty where none did.
         versions: the libraries that wrote it.
+        labels: the names of the classes of a vision model's head.
     """
 
     config: TunerConfig
@@ -50,6 +53,7 @@ class TunerFile:
     trigger_words: str = ""
     training: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,7 +88,10 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
     tensors = {k: t.detach().to("cpu", dtype).contiguous() for k, t in file.tensors.items()}
-    tensors = kohya_tensors(tensors) if file.config.kind == "lora" else {f"unet.{k}": t for k, t in tensors.items()}
+    family = file.base.get("family")
+    if not family:
+        lora = file.config.kind == "lora"
+        tensors = kohya_tensors(tensors) if lora else {f"unet.{k}": t for k, t in tensors.items()}
     bad = [k for k, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise ValueError(
@@ -104,13 +111,16 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
         "sdtune.training": json.dumps(training),
         "sdtune.versions": json.dumps(library_versions()),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_architecture(file.base)}/{kind.replace('_', '-')}",
+        "modelspec.architecture": f"{family or _architecture(file.base)}/{kind.replace('_', '-')}",
         "modelspec.implementation": "sdtune",
         "modelspec.title": training.get("title") or f"{kind} tuner for {base_name}",
         "modelspec.description": f"A {kind} tuner for {base_name}; load it with sdtune.load_tuner",
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "modelspec.prediction_type": "v" if _predicts_v(file.base) else "epsilon",
     }
+    if family:
+        metadata["sdtune.labels"] = json.dumps(file.labels)
+    else:
+        metadata["modelspec.prediction_type"] = "v" if _predicts_v(file.base) else "epsilon"
     if file.trigger_words:
         metadata["modelspec.trigger_phrase"] = file.trigger_words
     if resolution:
@@ -163,11 +173,6 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
                     f"{path} has format version {found!r}; this sdtune reads version {FORMAT_VERSION!r}. "
                     "Update sdtune, or save the tuner again with this version"
                 )
-            foreign = [k for k in keys if not k.startswith(("unet.", "lora_unet_"))]
-            if foreign:
-                raise TunerFileError(
-                    f"{path} holds keys that are no tuner's: {list_some(foreign)}; expected unet.* or lora_unet_* only"
-                )
             # get_tensor gives a view of the file, which would change with it
             tensors = {_plain_key(k): f.get_tensor(k).clone() for k in keys if not k.endswith(".alpha")}
     except (SafetensorError, OSError) as error:
@@ -184,6 +189,17 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as error:
             raise TunerFileError(f"{path}: the metadata sdtune.{name} is not a JSON object ({error})") from error
+    foreign = [k for k in keys if not k.startswith(("unet.", "lora_unet_"))]
+    if foreign and not fields["base"].get("family"):
+        raise TunerFileError(
+            f"{path} holds keys that are no tuner's: {list_some(foreign)}; expected unet.* or lora_unet_* only"
+        )
+    try:
+        labels = json.loads(metadata.get("sdtune.labels", "[]"))
+    except (ValueError, RecursionError):
+        labels = None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise TunerFileError(f"{path}: the metadata sdtune.labels is not a JSON list of class names")
     try:
         config = TunerConfig(**fields["tuner"])
     except (TypeError, ValueError) as error:
@@ -196,7 +212,7 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
             "weights of 16, 32 or 64 bits"
         )
     trigger = metadata.get("sdtune.trigger_words", "")
-    return TunerFile(config, tensors, fields["base"], trigger, fields["training"], fields["versions"])
+    return TunerFile(config, tensors, fields["base"], trigger, fields["training"], fields["versions"], labels)
 
 
 # The parts of the layers' paths in diffusers' UNet that contain an underscore, longest first.
@@ -241,6 +257,17 @@ def is_plain_lora(path: Path) -> bool:
         return False
 
 
+def check_family(file: TunerFile, base: dict, source) -> None:
+    """Raises TunerFileError if a tuner of a UNet is to be loaded into a vision model or the other way round, or into a
+    vision model of another family; `base` describes the model."""
+    theirs, ours = (b.get("family") or "a Stable Diffusion UNet" for b in (file.base, base))
+    if theirs != ours:
+        raise TunerFileError(
+            f"{source} does not fit this model: it was trained on {file.base.get('name', 'an unnamed base')}, which is "
+            f"{theirs}; this model is {ours}. Load it into a base like the one it was trained on"
+        )
+
+
 def check_fits(file: TunerFile, expected: dict[str, tuple[int, ...]], source) -> None:
     """Raises TunerFileError, listing every difference, unless the file has exactly the expected tensors."""
     found = {k: tuple(t.shape) for k, t in file.tensors.items()}
@@ -259,8 +286,8 @@ def check_fits(file: TunerFile, expected: dict[str, tuple[int, ...]], source) ->
         if wrong:
             parts.append(f"{len(wrong)} of another shape: {list_some(wrong)}")
         raise TunerFileError(
-            f"{source} does not fit this UNet ({'; '.join(parts)}). It was trained on "
-            f"{file.base.get('name', 'an unnamed base')} with shape {file.base.get('shape', 'unknown')}; "
+            f"{source} does not fit this {'model' if file.base.get('family') else 'UNet'} ({'; '.join(parts)}). It was "
+            f"trained on {file.base.get('name', 'an unnamed base')} with shape {file.base.get('shape', 'unknown')}; "
             "load it into a base of that shape"
         )
 

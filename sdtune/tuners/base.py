@@ -17,12 +17,17 @@ class Context:
     It is not a tuple and has no method `to`, because the hooks of CPU offloading would move what such a value holds.
 
     Attributes:
-        attn: the frozen attention: of the tuner's own operation, or the same block's attn1 for ff and block.
+        attn: the frozen attention: of the tuner's own operation, or the same block's attn1 for ff and block. It has
+            diffusers' names: `heads`, `to_q`, `to_k`, `to_v`, `to_out[0]`.
         text: (B, L, text width), where the operation receives it: attn2 and block.
+        output: the operation's own result.
+        inputs: what every block of the model received, the first block's first; for `Bypass` alone.
     """
 
     attn: nn.Module | None = None
     text: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+    inputs: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,14 @@ class Widths:
         inner_dim: of all heads of `Context.attn` together.
         context_dim: of the tokens from which `Context.attn` makes keys and values.
         text_dim: of `Context.text`, or of the operation's tokens where there is no text.
+        blocks: number of blocks of the model; for `Bypass` alone.
     """
 
     dim: int
     inner_dim: int
     context_dim: int
     text_dim: int
+    blocks: int = 0
 
 
 class Tuner(nn.Module):

@@ -3,12 +3,15 @@
 import inspect
 from dataclasses import asdict, dataclass, field
 
+from .adapter import Adapter
 from .base import Tuner, Widths
+from .bypass import Bypass
 from .res_adapter import ResAdapter
 from .res_attn import ResAttn
 from .res_attn_text import ResAttnText
 from .res_prefix import ResPrefix
 from .res_prompt import ResPrompt
+from .vpt import VPT
 
 KINDS = {
     "res_attn": ResAttn,
@@ -20,15 +23,30 @@ KINDS = {
 LORAS = ("lora", "dora")  # made by PEFT, in `adapters.lora`
 FULL = "full"  # full fine-tuning of every layer of the UNet; `ops` has no effect
 BASELINES = (*LORAS, FULL)  # what tuners are compared with
+# Methods of the literature for vision transformers, which the paper compares Res-Attn with.
+LINEAR = "linear"  # the head alone
+SSF = "ssf"  # a scale and a shift behind every layer; `ops` has no effect
+SEQUENTIAL = {"adapter": Adapter, "vpt": VPT, "bypass": Bypass}
+PEFT_METHODS = ("oft", "lokr", "ia3")  # made by PEFT
+NOAH = "noah"  # lora, adapter and vpt together, in `adapters.noah`
+VISION_KINDS = (LINEAR, SSF, *SEQUENTIAL, NOAH, *PEFT_METHODS)
+ALL_KINDS = (*KINDS, *BASELINES, *VISION_KINDS)
+WITHOUT_OPS = (FULL, LINEAR, SSF, NOAH, "vpt", "bypass")  # what they are added to is given
 TUNER_OPS = ("attn1", "attn2", "ff", "block")  # what a tuner can be added to
 OPS = (*TUNER_OPS, "conv")  # conv is for LoRA and DoRA
 
 
 def fields_of(kind: str) -> list[str]:
     """The fields of `TunerConfig` other than `kind` that have an effect on tuners of this kind."""
-    if kind in BASELINES:
-        return [] if kind == FULL else ["ops", "rank"]
-    return ["ops"] + [n for n in inspect.signature(KINDS[kind]).parameters if n in TunerConfig.__dataclass_fields__]
+    ops = [] if kind in WITHOUT_OPS else ["ops"]
+    if kind in (*LORAS, *PEFT_METHODS):
+        return [*ops, "rank"] if kind != "ia3" else ops
+    if kind in (FULL, LINEAR, SSF):
+        return ops
+    if kind == NOAH:
+        return ["rank", "length"]
+    parameters = inspect.signature((KINDS | SEQUENTIAL)[kind]).parameters
+    return ops + [n for n in parameters if n in TunerConfig.__dataclass_fields__]
 
 
 @dataclass(frozen=True)
@@ -63,8 +81,11 @@ class TunerConfig:
         ops = [self.ops] if isinstance(self.ops, str) else self.ops
         object.__setattr__(self, "ops", list(ops) if isinstance(ops, (list, tuple)) else ops)
         wrong = []
-        if self.kind not in [*KINDS, *BASELINES]:
-            wrong.append(f"kind is {self.kind!r}; possible: {', '.join((*KINDS, *BASELINES))}")
+        if self.kind not in list(ALL_KINDS):
+            wrong.append(
+                f"kind is {self.kind!r}; possible: {', '.join((*KINDS, *BASELINES))}, and for vision transformers "
+                f"{', '.join(VISION_KINDS)}"
+            )
         for name in ("rank", "num_heads", "length"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
@@ -74,14 +95,16 @@ class TunerConfig:
             wrong.append(f"ops is {self.ops!r}; it must name one or more of {', '.join(OPS)}, each once")
         elif self.kind == FULL and self.ops != TunerConfig().ops:
             wrong.append(f"ops is {self.ops!r}; full fine-tuning changes every layer of the UNet: leave ops out")
-        elif self.kind in list(LORAS) and "block" in self.ops:
+        elif self.kind in list(WITHOUT_OPS) and self.ops != TunerConfig().ops:
+            wrong.append(f"ops is {self.ops!r}; what {self.kind} is added to is given: leave ops out")
+        elif self.kind in [*LORAS, *PEFT_METHODS] and "block" in self.ops:
             wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2, ff, conv, not on the whole block")
-        elif self.kind in list(KINDS) and "conv" in self.ops:
+        elif self.kind in [*KINDS, *SEQUENTIAL, *PEFT_METHODS] and "conv" in self.ops:
             wrong.append(f"ops is {self.ops!r}; only {' and '.join(LORAS)} can be on conv: leave it out")
         if self.ffn_kind is not None:
             if self.ffn_kind not in list(KINDS):
                 wrong.append(f"ffn_kind is {self.ffn_kind!r}; possible: {', '.join(KINDS)}")
-            elif self.kind in list(BASELINES):
+            elif self.kind in [*BASELINES, *VISION_KINDS]:
                 wrong.append(f"ffn_kind is {self.ffn_kind!r}; a {self.kind} cannot be combined with another kind")
             elif known and "ff" not in self.ops:
                 wrong.append(f"ffn_kind is {self.ffn_kind!r}, but ops is {self.ops!r}, without ff")
@@ -97,6 +120,6 @@ class TunerConfig:
 
 def build_tuner(config: TunerConfig, op: str, widths: Widths) -> Tuner:
     """A fresh tuner of the kind that the configuration names for the operation `op`."""
-    kind = KINDS[config.ffn_kind if op == "ff" and config.ffn_kind else config.kind]
+    kind = (KINDS | SEQUENTIAL)[config.ffn_kind if op == "ff" and config.ffn_kind else config.kind]
     offered = asdict(config) | asdict(widths)
     return kind(**{name: offered[name] for name in inspect.signature(kind).parameters})
