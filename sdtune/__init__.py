@@ -6,6 +6,8 @@ The public names are listed here and imported when first used, so that `import s
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .adapters.peft_registration import register_with_peft
+
 _MODULES = {
     "ResAttn": "tuners",
     "TunerConfig": "tuners",
@@ -13,7 +15,7 @@ _MODULES = {
     "add_tuner": "adapters.api",
     "save_tuner": "adapters.api",
     "unload_tuner": "adapters.api",
-    "TunerPeftConfig": "adapters.peft_model",
+    "ResAttnConfig": "adapters.peft_config",
     "push_to_hub": "adapters.hub",
     "TunerFileError": "adapters.tuner_file",
     "load_base": "bases.load",
@@ -31,7 +33,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .adapters.api import add_tuner, load_tuner, save_tuner, unload_tuner
     from .adapters.hub import push_to_hub
-    from .adapters.peft_model import TunerPeftConfig
+    from .adapters.peft_config import ResAttnConfig
     from .adapters.tuner_file import TunerFileError
     from .bases.errors import BaseError
     from .bases.load import load_base
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from .training.errors import DataError
     from .training.fit import fit
     from .tuners import ResAttn, TunerConfig
+
+
+register_with_peft()
 
 
 def __getattr__(name: str):

@@ -15,7 +15,7 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 
 from ..bases.properties import describe_base, get_unet
 from ..tuners.config import LORAS, NOAH, PEFT_METHODS, TunerConfig
-from . import foreign_lora, inject, lora, noah, peft_model, state, tuner_file  # noqa: F401  peft_model registers tuners
+from . import foreign_lora, inject, lora, noah, state, tuner_file
 
 
 def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub) -> str:
@@ -161,17 +161,12 @@ def save_tuner(
     """
     unet = get_unet(pipe)
     config = tuner_config(unet, adapter_name)
-    old = getattr(unet.peft_config[adapter_name], "file", None)
+    old = getattr(unet.peft_config[adapter_name], "file", None) or tuner_file.TunerFile(config, {})
     with _offloading_paused(pipe):  # offloaded weights are not in the modules
         tensors = {k: p.detach().cpu() for k, p in tuner_parameters(unet, adapter_name).items()}
-    file = tuner_file.TunerFile(
-        config,
-        tensors,
-        describe_base(pipe),
-        trigger_words if trigger_words is not None else getattr(old, "trigger_words", ""),
-        training if training is not None else getattr(old, "training", {}),
-        labels=labels if labels is not None else getattr(old, "labels", []),
-    )
+    given = {"trigger_words": trigger_words, "training": training, "labels": labels}
+    given = {name: value for name, value in given.items() if value is not None}
+    file = replace(old, config=config, tensors=tensors, base=describe_base(pipe), **given)
     return tuner_file.save(path, file, dtype)
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from . import tuner_file
 
@@ -45,7 +44,7 @@ def export_to_kohya(source: str | Path, target: str | Path | None = None) -> Pat
     with safe_open(source, framework="pt") as f:
         metadata = {k: v for k, v in f.metadata().items() if not k.startswith("sdtune.format")}
     target = Path(target) if target else source.with_name(f"{source.stem}-kohya.safetensors")
-    save_file(tensors, target, metadata=metadata)
+    tuner_file.write_tensors(target, tensors, metadata)
     return target
 
 

@@ -1,47 +1,17 @@
 """The hook x' = OP(x) + tuner(x), and the layer that holds the tuners of one operation by name."""
 
-from dataclasses import dataclass, field, fields
-
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..tuners.base import Context
-from ..tuners.config import TunerConfig
 from ..tuners.vpt import VPT
 from .operations import CHILD_NAME, Operation
+from .peft_config import ResAttnConfig
 from .sample_weights import per_sample_shape, tile_weights, to_device
 
-PEFT_TYPE = "SDTUNE"  # the name of tuners among PEFT's methods
 INPUT_NAME = "_sdtune_input"  # what `keep_input` keeps in a block, for a bypass
-
-
-@dataclass
-class TunerPeftConfig(PeftConfig):
-    """The entry of a tuner in `unet.peft_config`: the fields of `TunerConfig`, as a configuration of PEFT.
-
-    `peft_model` registers it with PEFT, so that `peft.get_peft_model(unet, TunerPeftConfig(rank=8))` adds a tuner.
-    """
-
-    kind: str = "res_attn"
-    rank: int = 4
-    num_heads: int = 4
-    ops: list[str] = field(default_factory=lambda: TunerConfig().ops)
-    qkv_bias: bool = False
-    attn_drop: float = 0.0
-    proj_drop: float = 0.0
-    length: int = 10
-    ffn_kind: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PEFT_TYPE
-        self.tuner  # noqa: B018  raises ValueError for fields out of range
-
-    @property
-    def tuner(self) -> TunerConfig:
-        return TunerConfig(**{f.name: getattr(self, f.name) for f in fields(TunerConfig)})
 
 
 class ParallelTuners(nn.Module, BaseTunerLayer):
@@ -179,7 +149,7 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
     @property
     def r(self) -> dict[str, int]:
         """One entry per LoRA of the whole UNet; diffusers numbers unnamed LoRAs by the length."""
-        return {n: c.r for n, c in self.unet_adapters.items() if not isinstance(c, TunerPeftConfig)}
+        return {n: c.r for n, c in self.unet_adapters.items() if not isinstance(c, ResAttnConfig)}
 
     @property
     def lora_A(self) -> nn.ModuleDict:
@@ -266,4 +236,4 @@ def tuner_layers(unet) -> list[tuple[str, ParallelTuners]]:
 
 def tuner_names(unet) -> list[str]:
     """The names of the tuners (not the LoRAs) attached to this UNet."""
-    return [n for n, c in (getattr(unet, "peft_config", None) or {}).items() if isinstance(c, TunerPeftConfig)]
+    return [n for n, c in (getattr(unet, "peft_config", None) or {}).items() if isinstance(c, ResAttnConfig)]

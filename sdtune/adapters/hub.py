@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..tuners.config import KINDS, LORAS
 from . import tuner_file
+from .peft_files import save_peft_files
 from .tuner_file import TunerFile
 
 LORA_FILE_NAME = tuner_file.LORA_FILE_NAME
@@ -21,7 +22,7 @@ def push_to_hub(
     Args:
         folder: the output folder of a run, with tuner.safetensors.
         repo: "owner/name".
-        license: the license of the weights as the hub writes it, such as "mit"; by default none is stated.
+        license: of the weights, as the hub writes it, such as "mit"; by default that in the file, if there is one.
         private: whether a new repository is private; default: as the account has it.
         token: by default that of `hf auth login`.
 
@@ -37,14 +38,15 @@ def push_to_hub(
     folder, api = Path(folder), HfApi(token=token)
     path = tuner_file.find(folder)
     file = tuner_file.load(path)
+    file.license = license or file.license
     with tempfile.TemporaryDirectory() as staging:
-        prepare_files(folder, path, file, Path(staging), repo, license)
+        prepare_files(folder, path, file, Path(staging), repo)
         url = api.create_repo(repo, exist_ok=True, private=private)
         api.upload_folder(repo_id=repo, folder_path=staging, commit_message=f"{file.config.kind} tuner, by sdtune")
     return str(url)
 
 
-def prepare_files(folder: Path, path: Path, file: TunerFile, staging: Path, repo: str, license: str | None) -> None:
+def prepare_files(folder: Path, path: Path, file: TunerFile, staging: Path, repo: str) -> None:
     """Writes into `staging` what is uploaded."""
     is_lora = file.config.kind in LORAS
     shutil.copyfile(path, staging / (LORA_FILE_NAME if is_lora else tuner_file.FILE_NAME))
@@ -55,14 +57,9 @@ def prepare_files(folder: Path, path: Path, file: TunerFile, staging: Path, repo
     for i, picture in enumerate(pictures):
         (staging / "images").mkdir(exist_ok=True)
         shutil.copyfile(picture, staging / "images" / f"{i}.png")
-    if file.config.kind in KINDS:
-        from .peft_model import save_peft_files
-
-        save_peft_files(staging, file)
-    (staging / "README.md").write_text(
-        model_card(file, repo, len(pictures), _heldout_losses(folder), license, (folder / "loss.png").is_file()),
-        encoding="utf-8",
-    )
+    save_peft_files(staging, file)
+    card = model_card(file, repo, len(pictures), _heldout_losses(folder), (folder / "loss.png").is_file())
+    (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def _heldout_losses(folder: Path) -> dict[int, float]:
@@ -71,9 +68,7 @@ def _heldout_losses(folder: Path) -> dict[int, float]:
     return {int(step): loss for step, loss in json.loads(path.read_text()).items()} if path.is_file() else {}
 
 
-def model_card(
-    file: TunerFile, repo: str, pictures: int, heldout: dict[int, float], license: str | None, has_loss_plot: bool
-) -> str:
+def model_card(file: TunerFile, repo: str, pictures: int, heldout: dict[int, float], has_loss_plot: bool) -> str:
     """The README.md of the repository, with the YAML that the hub reads."""
     from huggingface_hub import ModelCardData
 
@@ -85,12 +80,13 @@ def model_card(
     prompts = file.training.get("preview_prompts") or [
         file.trigger_words or "a picture in the style of the training set"
     ]
-    more = {"instance_prompt": file.trigger_words} if file.trigger_words else {}
+    more = {"license": file.license} if file.license else {}
+    more |= {"instance_prompt": file.trigger_words} if file.trigger_words else {}
     if base.count("/") == 1:  # the id of a hub repository, not a folder or a file
         more |= {"base_model": base, "base_model_relation": "adapter"}
     if pictures:
         more["widget"] = [{"text": prompts[0], "output": {"url": f"images/{i}.png"}} for i in range(pictures)]
-    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, license=license, **more)
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **more)
     base_code = base if base.count("/") == 1 or base == "tiny-sd" else f"path/to/{base}"
     if config.kind == "lora":
         comfyui = "Put the file into `models/loras` and use ComfyUI's own Load LoRA node."
@@ -108,6 +104,7 @@ def model_card(
         f"A {kind} tuner for {base}, trained with sdtune"
         + (f" on {file.training['images']} pictures in {file.training['steps_done']} steps." if file.training else ".")
     ]
+    lines += ["", f"Made by {file.author}."] if file.author else []
     lines += ["", f"Trigger words: `{file.trigger_words}`"] if file.trigger_words else []
     lines += ["", "<Gallery />"] if pictures else []
     lines += ["", "The pictures show the base beside the tuned model, from the same noise."] if pictures else []

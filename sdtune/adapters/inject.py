@@ -20,7 +20,6 @@ from .diffusers_guards import fuse_lora, load_lora_adapter, set_adapters, unload
 from .hook import (
     INPUT_NAME,
     ParallelTuners,
-    TunerPeftConfig,
     add_residual,
     insert_prompts,
     keep_input,
@@ -29,6 +28,7 @@ from .hook import (
     tuner_names,
 )
 from .operations import CHILD_NAME, Operation, find_operations, is_vision_model
+from .peft_config import ResAttnConfig
 
 _HOOKS, _PRE_HOOKS = (add_residual, replace_head), (insert_prompts, keep_input)
 
@@ -77,7 +77,7 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
     """
     check_new_name(unet, name)
     add_to_operations(unet, find_operations(unet, config, count_classes(tensors)), config, name, tensors)
-    unet.peft_config[name] = TunerPeftConfig(**asdict(config))
+    unet.peft_config[name] = ResAttnConfig(**asdict(config))
     if not is_vision_model(unet):
         unet.fuse_lora = partial(fuse_lora, unet)  # unlike a method, a partial can be pickled
         unet.load_lora_adapter = partial(load_lora_adapter, unet)

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..tuners.config import TunerConfig
 from . import inject, lora
-from .hook import TunerPeftConfig
 from .operations import find_operations
+from .peft_config import ResAttnConfig
 
 
 def _parts(config: TunerConfig) -> tuple[TunerConfig, list[TunerConfig]]:
@@ -29,7 +29,7 @@ def add_adapter(model, config: TunerConfig, name: str, tensors: dict[str, torch.
     lora.add_adapter(model, plain, name, tensors)
     for part, ops in zip(others, operations):
         inject.add_to_operations(model, ops, part, name, tensors)
-    model.peft_config[name] = TunerPeftConfig(**asdict(config))
+    model.peft_config[name] = ResAttnConfig(**asdict(config))
     inject.activate(model, name)
 
 

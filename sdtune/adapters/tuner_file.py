@@ -5,12 +5,14 @@ for a vision model "<op path>.<parameter>", with those of its classification hea
 Those of a LoRA are kohya's, "lora_unet_<layer path>.lora_down.weight", which diffusers, ComfyUI, Forge, AUTOMATIC1111
 and InvokeAI read. A DoRA keeps PEFT's keys, since diffusers reads no other DoRA exactly. The metadata holds the format
 version, the tuner's configuration, the base's name and shape, trigger words, training settings and library versions as
-JSON, and the modelspec (https://github.com/Stability-AI/ModelSpec) keys that other programs show.
+JSON, and the keys of ModelSpec (https://github.com/Stability-AI/ModelSpec), which other programs show.
 """
 
 import datetime
+import hashlib
 import json
 import re
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +27,10 @@ from . import disk
 FORMAT_VERSION = "1"
 FILE_NAME = "tuner.safetensors"
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"  # where diffusers looks for a LoRA in a hub repository
+FILE_NAMES = (FILE_NAME, LORA_FILE_NAME)  # what a folder or repository is searched for
+PEFT_FILE_NAME = "adapter_model.safetensors"  # PEFT's copy of the weights beside a tuner or LoRA of sdtune
+_HASH = "modelspec.hash_sha256"
+_GIVEN = ("author", "license", "thumbnail")  # fields of TunerFile that are keys of ModelSpec
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -43,6 +49,8 @@ class TunerFile:
             for example, where it is a vision model and no UNet.
         trigger_words: words that every training caption began with.
         training: the settings of the run that made it; empty where none did.
+        author, license: of the weights, as the user has given them.
+        thumbnail: a small picture that the tuner has drawn, as a data URL (data:image/jpeg;base64,...).
         versions: the libraries that wrote it.
         labels: the names of the classes of a vision model's head.
     """
@@ -52,6 +60,9 @@ class TunerFile:
     base: dict = field(default_factory=dict)
     trigger_words: str = ""
     training: dict = field(default_factory=dict)
+    author: str = ""
+    license: str = ""
+    thumbnail: str = ""
     versions: dict = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
 
@@ -121,16 +132,38 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
         metadata["sdtune.labels"] = json.dumps(file.labels)
     else:
         metadata["modelspec.prediction_type"] = "v" if _predicts_v(file.base) else "epsilon"
-    if file.trigger_words:
-        metadata["modelspec.trigger_phrase"] = file.trigger_words
     if resolution:
         metadata["modelspec.resolution"] = f"{resolution}x{resolution}"
+    given = {"trigger_phrase": file.trigger_words, **{name: getattr(file, name) for name in _GIVEN}}
+    metadata |= {f"modelspec.{name}": text for name, text in given.items() if text}
+    write_tensors(path, tensors, metadata)
+    return path
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, atomically, and adds ModelSpec's hash of the tensors to its metadata."""
+    unknown = f"0x{'0' * 64}"
     with disk.new_file(path) as part:
         part.touch()
         mode = part.stat().st_mode  # what the user's umask gives; save_file would make it private
-        save_file(tensors, part, metadata=metadata)
+        save_file(tensors, part, metadata=metadata | {_HASH: unknown})
         part.chmod(mode)
-    return path
+        # the order of the tensors in the file is safetensors' own, so their hash is known only now
+        found = _hash_tensors(part)
+        with open(part, "r+b") as f:
+            header = f.read(8 + int.from_bytes(f.read(8), "little"))
+            f.seek(8 + header.index(unknown.encode()))
+            f.write(found.encode())
+
+
+def _hash_tensors(path: Path) -> str:
+    """The SHA-256 of all bytes of a safetensors file after its header, as ModelSpec wants it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        f.seek(int.from_bytes(f.read(8), "little"), 1)
+        while part := f.read(1 << 22):
+            digest.update(part)
+    return f"0x{digest.hexdigest()}"
 
 
 def _predicts_v(base: dict) -> bool:
@@ -211,8 +244,16 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
             f"{path} holds weights that are NaN, infinite or non-float ({kinds}): {list_some(bad)}; expected finite "
             "weights of 16, 32 or 64 bits"
         )
-    trigger = metadata.get("sdtune.trigger_words", "")
-    return TunerFile(config, tensors, fields["base"], trigger, fields["training"], fields["versions"], labels)
+    if metadata.get(_HASH) not in (None, _hash_tensors(path)):
+        warnings.warn(
+            f"the weights in {path} are not those that were saved: their SHA-256 is not {_HASH}. The file is damaged, "
+            "or another program has changed it",
+            stacklevel=3,
+        )
+    return TunerFile(
+        config, tensors, fields["base"], metadata.get("sdtune.trigger_words", ""), fields["training"],
+        versions=fields["versions"], labels=labels, **{name: metadata.get(f"modelspec.{name}", "") for name in _GIVEN},
+    )  # fmt: skip
 
 
 # The parts of the layers' paths in diffusers' UNet that contain an underscore, longest first.
@@ -302,8 +343,9 @@ def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
             f"{source} cannot be looked up ({error}); expected a file, a folder or a hub id"
         ) from error
     if folder:
-        if (path / weight_name).is_file():
-            return path / weight_name
+        for name in FILE_NAMES if weight_name == FILE_NAME else (weight_name,):
+            if (path / name).is_file():
+                return path / name
         there = sorted(p.name for p in path.glob("*.safetensors"))
         if len(there) == 1 and weight_name == FILE_NAME:
             return path / there[0]

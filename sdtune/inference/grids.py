@@ -1,5 +1,7 @@
 """Labelled grids of pictures, and how PNG files are written."""
 
+import base64
+import io
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,14 @@ def write_png(picture: Image.Image, path: Path) -> None:
     """Writes a PNG file atomically: a reader sees the old file or the whole new one."""
     with disk.new_file(path) as part:
         picture.save(part, format="PNG")
+
+
+def thumbnail(picture: Image.Image) -> str:
+    """A picture of at most 256 x 256 pixels as a JPEG in a data URL, as ModelSpec wants it in a file's metadata."""
+    small, content = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((256, 256))
+    small.save(content, format="JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def mean_difference(a: Image.Image, b: Image.Image) -> float:

@@ -173,9 +173,12 @@ class AdapterFiles:
 
 
 def _is_listed(folder: Path, path: Path) -> bool:
-    """Whether a file is offered: not if it is hidden, part of the small base, or another file of a checkpoint."""
+    """Whether a file is offered: not if it is hidden, part of the small base, another file of a checkpoint, or PEFT's
+    copy of the tuner beside it."""
     parts = path.relative_to(folder).parts
     if any(part.startswith(".") for part in parts) or path.is_relative_to(load.TINY_SD):
+        return False
+    if path.name == tuner_file.PEFT_FILE_NAME and any(path.with_name(n).exists() for n in tuner_file.FILE_NAMES):
         return False
     return "checkpoints" not in parts or path.name == tuner_file.FILE_NAME
 

@@ -22,7 +22,7 @@ FOLDER = "checkpoints"
 MANIFEST = "files.json"  # size in bytes and CRC-32 of every other file of a checkpoint
 # settings that a resumed run may change
 CHANGEABLE = {"steps", "checkpoint_every", "preview_every", "preview_prompts", "preview_steps", "guidance_scale",
-              "report_to", "data", "base"}  # fmt: skip
+              "report_to", "data", "base", "author", "license"}  # fmt: skip
 
 
 @dataclass

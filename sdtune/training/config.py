@@ -3,6 +3,7 @@
 Imports nothing heavy, so that `--help` and wrong flags are answered at once.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +42,9 @@ class TrainConfig:
     caption_dropout: float = _option(0.1, "share of captions that are replaced by the empty caption")
     noise_offset: float = _option(0.0, "strength of a random offset of each noise channel; 0 is off")
     trigger_words: str = _option("", "words put before every caption, and written into the file")
+    author: str = _option("", "who made the tuner; written into the file and the model card")
+    license: str = _option("", "license of the tuner, as the hub writes it (mit, cc-by-4.0, creativeml-openrail-m, "
+                           "other, ...); written there, too")  # fmt: skip
     flip: bool = _option(False, "train on mirror images too")
     resolution: int | None = _option(None, "side of the training pictures in px; default: the base's own")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
@@ -75,6 +79,8 @@ class TrainConfig:
             wrong.append(f"caption_dropout is {self.caption_dropout}; it must be from 0 to 1")
         if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):
             wrong.append(f"resolution is {self.resolution}; it must be at least 64 and a multiple of 8")
+        if not re.fullmatch(r"[a-z0-9.-]*", self.license):
+            wrong.append(f"license is {self.license!r}; expected an identifier of the hub, such as mit or cc-by-4.0")
         for name, choices in (("lr_scheduler", ("constant", "cosine", "linear")),
                               ("stop_when", (None, "memorising")),
                               ("mixed_precision", (None, "no", "fp16", "bf16"))):  # fmt: skip

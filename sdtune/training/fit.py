@@ -18,7 +18,8 @@ def fit(
     """Trains a tuner on a folder of images with captions.
 
     Writes into `config.output`, by default the first free one of output/anime, output/anime-2, ...:
-    tuner.safetensors, preview.png, loss.png, config.json, checkpoints/ and previews/.
+    tuner.safetensors, preview.png, loss.png, config.json, heldout.json, checkpoints/ and previews/, and for PEFT
+    adapter_config.json with adapter_model.safetensors.
 
     Args:
         tuner: what to train; by default `TunerConfig()`, a Res-Attn tuner.

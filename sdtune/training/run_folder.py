@@ -113,8 +113,8 @@ class RunFolder:
 
 def describe_content(folder: Path) -> str:
     """What an earlier run has trained in a folder, as a sentence; empty if there is nothing that a new run may harm."""
-    if (folder / tuner_file.FILE_NAME).exists():
-        what = f"{folder} holds a finished tuner, {tuner_file.FILE_NAME}"
+    if finished := [n for n in (tuner_file.FILE_NAME, tuner_file.PEFT_FILE_NAME) if (folder / n).exists()]:
+        what = f"{folder} holds a finished tuner, {' and '.join(finished)}"
         more = "Give another --output, or move it away, or train it further with --resume and more --steps"
     elif steps := checkpoints.list_checkpoints(folder):
         what = f"{folder} holds a run that stopped at step {int(steps[-1].name[5:])}"

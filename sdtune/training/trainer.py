@@ -16,9 +16,9 @@ from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from .. import kernels
-from ..adapters import api, hub, tuner_file
+from ..adapters import api, hub, peft_files, tuner_file
 from ..bases import load, properties
-from ..inference import plots
+from ..inference import grids, plots
 from ..kernels.cuda import graphs
 from ..tuners.config import TunerConfig
 from . import checkpoints, run_folder, setup
@@ -332,9 +332,13 @@ class Trainer:
             raise TrainError(f"{folder} is past --steps {self.config.steps}; give more steps")
         self._print(f"resumed at step {self.done}")
 
-    def _save_tuner(self, path: Path, dtype: torch.dtype = torch.float16) -> Path:
+    def _save_tuner(self, path: Path, dtype: torch.dtype = torch.float16, thumbnail: str = "") -> Path:
+        config = self.config
         training = {**self.settings, "steps_done": self.kept_step, "images": len(self.encoded.names)}
-        file = tuner_file.TunerFile(self.tuner, self.weights.named, self.base, self.config.trigger_words, training)
+        file = tuner_file.TunerFile(
+            self.tuner, self.weights.named, self.base, config.trigger_words, training,
+            author=config.author, license=config.license, thumbnail=thumbnail,
+        )  # fmt: skip
         return tuner_file.save(path, file, dtype)
 
     def _save_good_weights_and_raise(self, problem: str) -> None:
@@ -368,6 +372,8 @@ class Trainer:
             weights.copy_(weights.half())  # the file is fp16; the preview is drawn with exactly its weights
         tuned = self._draw_preview(preview)
         if self.is_main:
+            self._save_tuner(path, thumbnail=grids.thumbnail(tuned[0]))
+            peft_files.save_peft_files(self.output, tuner_file.load(path))
             tuner_file.write_text(self.output / hub.HELDOUT_NAME, json.dumps(self.heldout.means()) + "\n")
             plots.plot_losses(plot, self.losses, self.heldout.means(), f"{self.output.name}: {len(self.losses)} steps")
             self.pipe.to("cpu")

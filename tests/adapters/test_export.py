@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdtune
@@ -31,6 +32,9 @@ def test_a_dora_is_written_in_kohyas_key_names(base, tmp_path):
     assert torch.equal(found[f"{name}.lora_up.weight"], expected[f"{block}.lora_B.weight"])
     assert found["lora_unet_down_blocks_0_resnets_0_conv1.dora_scale"].dim() == 4
     assert found[f"{name}.alpha"] == 4
+    with safe_open(tmp_path / "dora-kohya.safetensors", "pt") as new, safe_open(path, "pt") as old:
+        assert new.metadata()["modelspec.title"] == old.metadata()["modelspec.title"]
+        assert new.metadata()["modelspec.hash_sha256"] != old.metadata()["modelspec.hash_sha256"]
 
 
 def test_a_tuner_cannot_be_exported_and_the_message_says_what_to_use():

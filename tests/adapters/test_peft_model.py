@@ -2,13 +2,15 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, mapping
 
 import sdtune
-from sdtune.adapters import api
+from sdtune.adapters import api, peft_registration
 
 
 def predict(unet) -> torch.Tensor:
@@ -29,7 +31,7 @@ def stir(unet) -> None:
 def test_peft_gives_the_same_bits_as_load_tuner_and_saves_and_loads(base, kind, tmp_path):
     unet = copy.deepcopy(base.unet)
     without = predict(unet)
-    model = get_peft_model(unet, sdtune.TunerPeftConfig(kind=kind, ops=["attn1", "attn2", "ff"]))
+    model = get_peft_model(unet, sdtune.ResAttnConfig(kind=kind, ops=["attn1", "attn2", "ff"]))
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(".tuners.default." in n for n in trainable)
     stir(model)
@@ -55,8 +57,8 @@ def test_peft_gives_the_same_bits_as_load_tuner_and_saves_and_loads(base, kind, 
 
 def test_diffusers_add_adapter_takes_the_configuration(base):
     unet = copy.deepcopy(base.unet)
-    unet.add_adapter(sdtune.TunerPeftConfig(rank=2), "one")
-    unet.add_adapter(sdtune.TunerPeftConfig(kind="res_adapter"), "two")
+    unet.add_adapter(sdtune.ResAttnConfig(rank=2), "one")
+    unet.add_adapter(sdtune.ResAttnConfig(kind="res_adapter"), "two")
     stir(unet)
     unet.set_adapters(["one", "two"], [0.5, 1.0])
     assert api.tuner_config(unet, "one") == sdtune.TunerConfig(rank=2)
@@ -65,12 +67,61 @@ def test_diffusers_add_adapter_takes_the_configuration(base):
     assert torch.equal(predict(unet), predict(base.unet))
 
 
-def test_fields_out_of_range_are_refused_and_another_entry_of_that_name_is_left(monkeypatch):
-    with pytest.raises(ValueError, match="rank is 0"):
-        sdtune.TunerPeftConfig(rank=0)
-    from sdtune.adapters import peft_model
+def test_peft_switches_between_tuners_and_removes_one(base):
+    unet = copy.deepcopy(base.unet)
+    without = predict(unet)
+    model = get_peft_model(unet, sdtune.ResAttnConfig(rank=2))
+    model.add_adapter("second", sdtune.ResAttnConfig(kind="res_adapter", ops=["attn1"]))
+    stir(model)
+    model.set_adapter("default")
+    first = predict(model)
+    model.set_adapter("second")
+    second = predict(model)
+    assert not torch.allclose(first, second, atol=1e-3) and not torch.allclose(second, without, atol=1e-3)
+    model.delete_adapter("default")
+    assert torch.equal(predict(model), second)
+    assert [n for n in unet.peft_config] == ["second"]
 
-    monkeypatch.setitem(mapping.PEFT_TYPE_TO_CONFIG_MAPPING, peft_model.PEFT_TYPE, dict)
-    monkeypatch.setitem(mapping.PEFT_TYPE_TO_TUNER_MAPPING, peft_model.PEFT_TYPE, list)
-    peft_model.register()
-    assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_model.PEFT_TYPE] is list
+
+def test_fields_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="rank is 0"):
+        sdtune.ResAttnConfig(rank=0)
+    with pytest.raises(ValueError, match="kind is 'dora', a method of PEFT; use PEFT's LoraConfig with use_dora=True"):
+        sdtune.ResAttnConfig(kind="dora")
+
+
+FRESH = """
+import importlib.util, sys
+import sdtune
+importlib.util.find_spec("peft")  # what diffusers and transformers do to know whether it is installed
+assert "peft" not in sys.modules and "torch" not in sys.modules
+import peft
+print(peft.get_peft_config(dict(peft_type="SDTUNE", rank=2)).tuner, "diffusers" in sys.modules)
+"""
+
+
+def test_after_import_sdtune_peft_knows_tuners_as_soon_as_it_is_imported_itself():
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "TunerConfig(kind='res_attn', rank=2" in done.stdout and done.stdout.split()[-1] == "False"
+
+
+def test_where_peft_is_imported_already_tuners_are_registered_at_once(monkeypatch):
+    for entries in (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING):
+        monkeypatch.delitem(entries, "SDTUNE")
+    peft_registration.register_with_peft()
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["SDTUNE"] is sdtune.ResAttnConfig
+    assert "SDTUNE" in mapping.PEFT_TYPE_TO_TUNER_MAPPING
+
+
+def test_an_entry_of_somebody_else_is_left(monkeypatch):
+    monkeypatch.setitem(mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "SDTUNE", dict)
+    monkeypatch.setitem(mapping.PEFT_TYPE_TO_TUNER_MAPPING, "SDTUNE", list)
+    peft_registration.register_with_peft()
+    assert mapping.PEFT_TYPE_TO_TUNER_MAPPING["SDTUNE"] is list
+
+
+def test_a_version_of_peft_without_these_dictionaries_is_a_warning_not_an_error(monkeypatch):
+    monkeypatch.delattr(mapping, "PEFT_TYPE_TO_CONFIG_MAPPING")
+    with pytest.warns(UserWarning, match="sdtune could not make its tuners known to this version of PEFT"):
+        peft_registration.register_with_peft()

@@ -1,5 +1,6 @@
 """The tuner file: what is written is read, and what is wrong is refused with a sentence."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -51,6 +53,30 @@ def test_the_metadata_has_the_keys_that_the_ecosystem_reads(file):
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/res-attn"
     assert metadata["modelspec.trigger_phrase"] == "tok" and metadata["modelspec.resolution"] == "128x128"
     assert {"modelspec.sai_model_spec", "modelspec.title", "modelspec.date", "sdtune.versions"} <= metadata.keys()
+    assert not {"modelspec.author", "modelspec.license", "modelspec.thumbnail"} & metadata.keys()  # none was given
+
+
+def test_the_metadata_has_the_hash_of_the_tensors_and_weights_that_changed_are_told(file, tmp_path):
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    with safe_open(file, "pt") as f:
+        assert f.metadata()["modelspec.hash_sha256"] == f"0x{hashlib.sha256(content[start:]).hexdigest()}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuner_file.load(file)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="a.safetensors are not those that were saved"):
+        tuner_file.load(file)
+
+
+def test_author_license_and_thumbnail_stay_when_a_loaded_tuner_is_saved_again(base, pipe, tmp_path):
+    tensors = {k: torch.zeros(s) for k, s in inject.expected_shapes(base.unet, sdtune.TunerConfig()).items()}
+    picture = "data:image/jpeg;base64,AA=="
+    old = tuner_file.TunerFile(sdtune.TunerConfig(), tensors, author="Ann", license="mit", thumbnail=picture)
+    sdtune.load_tuner(pipe, tuner_file.save(tmp_path / "old.safetensors", old), "mine")
+    new = tuner_file.load(sdtune.save_tuner(pipe, tmp_path / "new.safetensors", "mine"))
+    assert (new.author, new.license, new.thumbnail) == ("Ann", "mit", picture)
+    assert new.base["name"] == "tiny-sd"
 
 
 def rewrite(file, tensors=None, drop=(), **metadata):

@@ -49,6 +49,13 @@ def test_files_that_fit_are_offered_and_the_others_say_why_not(base, folder):
     assert "<script" not in cards and "<img src=x" not in cards
 
 
+def test_pefts_copy_of_a_tuner_is_not_listed_beside_it(base, files, tmp_path):
+    for name in ("tuner", "adapter_model"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        shutil.copy(files / "one.safetensors", tmp_path / "run" / f"{name}.safetensors")
+    assert AdapterFiles([tmp_path], base.unet).labels() == ["run"]
+
+
 def test_the_version_increases_only_when_the_files_have_changed(base, folder):
     files = AdapterFiles([folder], base.unet)
     version = files.version

@@ -1,9 +1,13 @@
 """What a training run promises, through `sdtune.fit` on the small base."""
 
+import base64
+import copy
+import io
 import json
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
 from training_runs import last_checkpoint, short_run
@@ -15,12 +19,18 @@ from sdtune.training import encoding, errors, trainer
 
 
 def test_a_run_leaves_tuner_preview_losses_and_settings(pairs, tmp_path):
-    result = sdtune.fit(short_run(pairs, tmp_path, trigger_words="tok style", preview_prompts=[], preview_every=2))
+    config = short_run(pairs, tmp_path, trigger_words="tok style", preview_prompts=[], preview_every=2, author="Ann",
+                       license="cc-by-4.0")  # fmt: skip
+    result = sdtune.fit(config)
     assert len(result.losses) == 4 and set(result.heldout) == {0, 2, 4}
     with safe_open(result.tuner, "pt") as file:
         metadata, keys = file.metadata(), list(file.keys())
     assert all(".res_attn" not in k and k.endswith(("qkv.weight", "o.weight", "o.bias")) for k in keys)
     assert metadata["modelspec.trigger_phrase"] == "tok style"
+    assert metadata["modelspec.author"] == "Ann" and metadata["modelspec.license"] == "cc-by-4.0"
+    jpeg = base64.b64decode(metadata["modelspec.thumbnail"].removeprefix("data:image/jpeg;base64,"))
+    thumbnail = Image.open(io.BytesIO(jpeg)).convert("L")
+    assert thumbnail.size == (256, 256) and thumbnail.getextrema() != (0, 0) and len(jpeg) < 40_000
     assert json.loads(metadata["sdtune.training"])["steps_done"] == 4
     assert json.loads(metadata["sdtune.base"])["name"] == "tiny-sd"
     settings_ = json.loads(result.config.read_text())
@@ -29,6 +39,21 @@ def test_a_run_leaves_tuner_preview_losses_and_settings(pairs, tmp_path):
     assert preview.width > 600 and Image.open(result.loss_plot).width > 400  # base, tuned and true columns
     assert (tmp_path / "run/previews/step-000002.png").exists()
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("kind", ["res_attn", "dora"])
+def test_peft_loads_the_folder_of_a_run_and_computes_what_the_tuner_file_does(base, pairs, tmp_path, kind):
+    result = sdtune.fit(short_run(pairs, tmp_path, steps=2), sdtune.TunerConfig(kind=kind, ops=["attn1", "ff"]))
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, base.unet.config.cross_attention_dim)
+    expected, found = copy.deepcopy(base.unet), copy.deepcopy(base.unet)
+    sdtune.load_tuner(expected, result.tuner)
+    found = PeftModel.from_pretrained(found, result.tuner.parent)
+    with torch.no_grad():
+        assert torch.equal(found(x, 500, text).sample, expected(x, 500, text).sample)
+        assert not torch.equal(found(x, 500, text).sample, base.unet(x, 500, text).sample)
+    result.tuner.unlink()  # what PEFT reads is as dear
+    with pytest.raises(errors.TrainError, match="holds a finished tuner, adapter_model.safetensors"):
+        sdtune.fit(short_run(pairs, tmp_path, steps=2))
 
 
 def test_the_saved_file_draws_what_training_drew_and_not_what_the_base_draws(pairs, tmp_path, capsys):
