@@ -16,7 +16,7 @@ from training_runs import short_run
 
 import sdtune
 
-PUSH = "import sys, sdtune; print(sdtune.push_to_hub(sys.argv[1], 'ann/style', license='mit', token='hf_test'))"
+PUSH = "import sys, sdtune; print(sdtune.push_to_hub(sys.argv[1], 'ann/style', token='hf_test'))"
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def run(code: str, address: str, home, *arguments) -> subprocess.CompletedProces
 @pytest.mark.parametrize("kind", ["res_attn", "lora"])
 def test_a_run_is_pushed_with_a_model_card_and_loads_by_its_id(base, pairs, tmp_path, writable_hub, kind):
     address, store = writable_hub
-    config = short_run(pairs, tmp_path, trigger_words="drawn by ann")
+    config = short_run(pairs, tmp_path, trigger_words="drawn by ann", author="Ann", license="cc-by-4.0")
     ops = ["attn1", "attn2"] if kind == "lora" else ["attn1", "ff"]
     result = sdtune.fit(config, sdtune.TunerConfig(kind=kind, ops=ops))
     done = run(PUSH, address, tmp_path / "home", result.tuner.parent)
@@ -109,21 +109,27 @@ def test_a_run_is_pushed_with_a_model_card_and_loads_by_its_id(base, pairs, tmp_
 
     card = ModelCard.load(store / "README.md")
     data = card.data.to_dict()
-    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image" and data["license"] == "mit"
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
+    assert data["license"] == "cc-by-4.0"
     assert data["instance_prompt"] == "drawn by ann" and data["widget"][0]["output"]["url"] == "images/0.png"
     assert ("lora" in data["tags"]) == (kind == "lora") and "sdtune" in data["tags"]
+    assert "Made by Ann." in card.text
     assert "0, the base" in card.text and 'load_tuner(pipe, "ann/style")' in card.text
 
     code = "import sys, sdtune; p = sdtune.load_base('tiny-sd'); print(sdtune.load_tuner(p, 'ann/style'))"
     loaded = run(code, address, tmp_path / "home")
     assert loaded.returncode == 0, loaded.stderr
-    if kind == "res_attn":
-        unet, plain = copy.deepcopy(base.unet), copy.deepcopy(base.unet)
-        x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, unet.config.cross_attention_dim)
-        sdtune.load_tuner(plain, result.tuner)
+    unet, plain = copy.deepcopy(base.unet), copy.deepcopy(base.unet)
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, unet.config.cross_attention_dim)
+    sdtune.load_tuner(plain, store)
+    with torch.no_grad():
+        expected = plain(x, 500, text).sample
+        assert torch.equal(PeftModel.from_pretrained(unet, store)(x, 500, text).sample, expected)
+    if kind == "lora":
+        pipe = copy.deepcopy(base)
+        pipe.load_lora_weights(store)  # finds the file by its name, beside PEFT's
         with torch.no_grad():
-            found = PeftModel.from_pretrained(unet, store)(x, 500, text).sample
-            assert torch.allclose(found, plain(x, 500, text).sample, atol=1e-6)
+            assert torch.equal(pipe.unet(x, 500, text).sample, expected)
 
 
 def test_a_failed_push_after_training_loses_nothing_and_says_how_to_push_again(pairs, tmp_path):
