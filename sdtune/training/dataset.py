@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .. import extras
 from .captions import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
@@ -284,11 +285,11 @@ def _read_hub(name: str, resolution: int, split: str, log) -> list[Pair]:
     """The pairs of a data set of the Hugging Face hub, with the columns image and text (or caption, or prompt)."""
     no_folder = "there is no such folder here, and"
     try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            name, [f'{no_folder} for a hub data set "datasets" is missing: pip install sdtune[hub]']
-        ) from error
+        extras.check("hub")
+    except extras.MissingPackages as error:
+        raise DataError(name, [f"{no_folder} a hub data set needs a package: {error}"]) from error
+    import datasets
+
     try:
         if split != "train" and split not in datasets.get_dataset_split_names(name):
             return []

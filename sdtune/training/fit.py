@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 
+from .. import extras
 from ..adapters import hub
 from ..tuners.config import TunerConfig
 from . import checkpoints, run_folder
@@ -27,12 +28,14 @@ def fit(
             step has begun). If it returns True, the run stops as it does after a signal.
 
     Raises:
+        extras.MissingPackages: if a package of the extra `train` is not installed.
         DataError, BaseError: before any training, with everything that is wrong with the data or the base.
         Stopped: after a signal, once a checkpoint has been written.
         TrainError: if the output folder holds what an earlier run has trained and `resume` is off, or is in use; if
             there is nothing to resume, if the disk is full, or if the loss is not finite; in that case the last good
             weights are in the output folder.
     """
+    extras.check("train")
     with run_folder.RunFolder() as folder:
         return _run(Trainer(config, tuner or TunerConfig(), folder), on_step)
 

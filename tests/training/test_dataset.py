@@ -252,7 +252,8 @@ def hub(monkeypatch, tmp_path):
             raise ConnectionError("offline")
         return splits[split]
 
-    fake = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda n: list(splits), Image=dict)
+    fake = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda n: list(splits), Image=dict,
+                           __spec__=True)  # fmt: skip
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return splits
 
@@ -290,7 +291,7 @@ def test_hub_problems_are_listed_at_once(hub, tmp_path):
 
 def test_a_hub_data_set_without_the_datasets_package(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert_only_problem("owner/name", "no such folder", "pip install")
+    assert_only_problem("owner/name", "no such folder", "datasets not installed", "pip install 'sdtune[hub]'")
 
 
 def test_copies_of_images_are_told_within_and_between_train_and_test(tmp_path):
