@@ -21,6 +21,7 @@ from sdtune.adapters import inject
 from sdtune.bases import single_file
 from sdtune.bases.properties import get_unet
 from sdtune.training import dataset
+from sdtune.training.buckets import AspectBuckets
 
 if not any("test_cuda" in argument for argument in sys.argv):  # pytest tests/test_gpu.py has the GPU for itself
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others compare what a CPU computes, often bit for bit
@@ -90,7 +91,7 @@ def pairs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     for split, count in (("train", 5), ("test", 2)):
         (folder / split).mkdir()
-        for i, pair in enumerate(dataset.read_pairs(ANIME, 128, split)[:count]):
+        for i, pair in enumerate(dataset.read_pairs(ANIME, AspectBuckets(128), split)[:count]):
             pair.open().resize((128, 128), Image.Resampling.LANCZOS).save(folder / split / f"{i}.png")
             (folder / split / f"{i}.txt").write_text(pair.caption)
     return folder

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from sdtune.training import dataset
+from sdtune.training.buckets import AspectBuckets
 from sdtune.training.errors import DataError
 
 SIDE = 16
+BUCKETS = AspectBuckets(SIDE)
 RED = (200, 30, 40)
 
 
@@ -39,20 +41,20 @@ def metadata_row(name, text="a girl") -> dict:
 
 def read_captions(folder, split="train") -> dict[str, str]:
     """Image name -> caption."""
-    return {p.name: p.caption for p in dataset.read_pairs(folder, SIDE, split, lambda _: None)}
+    return {p.name: p.caption for p in dataset.read_pairs(folder, BUCKETS, split, lambda _: None)}
 
 
-def read_notes(folder, split="train") -> list[str]:
+def read_notes(folder, split="train", buckets=BUCKETS) -> list[str]:
     """The lines that are logged about a folder without problems."""
     lines = []
-    dataset.read_pairs(folder, SIDE, split, lines.append)
+    dataset.read_pairs(folder, buckets, split, lines.append)
     return lines
 
 
 def read_problems(folder, split="train") -> list[str]:
     """The problems of a folder that cannot be used."""
     with pytest.raises(DataError) as caught:
-        dataset.read_pairs(folder, SIDE, split, lambda _: None)
+        dataset.read_pairs(folder, BUCKETS, split, lambda _: None)
     for line in caught.value.problems:
         assert line in str(caught.value) and line.isprintable()
     return caught.value.problems
@@ -68,7 +70,7 @@ def assert_only_problem(folder, *parts) -> None:
 def read_image(folder, name) -> np.ndarray:
     """The image of one pair as an (h, w, 3) array; its caption file is written first."""
     write_caption(folder / (os.path.splitext(name)[0] + ".txt"))
-    (pair,) = (p for p in dataset.read_pairs(folder, SIDE, log=lambda _: None) if p.name == name)
+    (pair,) = (p for p in dataset.read_pairs(folder, BUCKETS, log=lambda _: None) if p.name == name)
     image = pair.open()
     assert image.mode == "RGB"
     return np.asarray(image)
@@ -88,7 +90,7 @@ def assert_pairs_or_problems(files: dict[str, bytes | None]) -> None:
             else:
                 (folder / file).write_bytes(content)
         try:
-            found = dataset.read_pairs(folder, SIDE, log=lambda line: line.encode())
+            found = dataset.read_pairs(folder, BUCKETS, log=lambda line: line.encode())
         except DataError as error:
             assert error.problems
             str(error).encode()

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # from the rooms that use others to those that others use
 ORDER = (
     "page",
+    "check",
     "integrations",
     "vision",
     "evaluation",

@@ -20,6 +20,7 @@ import sdtune
 from sdtune.adapters import tuner_file
 from sdtune.kernels.cpu.heap import heap_environment
 from sdtune.training import dataset
+from sdtune.training.buckets import AspectBuckets
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--batch_size", "2", "--preview_steps", "1", "--preview_every", "0", "--preview_prompts", "a girl"]
@@ -146,7 +147,7 @@ def test_the_bundled_tuner_and_lora_have_the_settings_of_the_documented_commands
 
 
 def test_the_bundled_pairs_are_30_and_12_of_512_px_in_one_style():
-    train, test = (dataset.read_pairs(ROOT / "assets/anime", 512, split) for split in ("train", "test"))
+    train, test = (dataset.read_pairs(ROOT / "assets/anime", AspectBuckets(512), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (30, 12)
     captions = [pair.caption for pair in train + test]
     assert len(set(captions)) == 42 and all(c.endswith(", in anime style") for c in captions)

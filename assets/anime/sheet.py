@@ -11,6 +11,7 @@ from pathlib import Path
 from sdtune import Cell, draw_cells, load_base, load_tuner
 from sdtune.bases.properties import default_guidance
 from sdtune.inference.grids import make_grid, write_png
+from sdtune.training.buckets import AspectBuckets
 from sdtune.training.dataset import read_pairs
 
 HERE = Path(__file__).parent
@@ -28,7 +29,7 @@ def main() -> None:
     print(f"loading the base {options.base} ...", flush=True)
     pipe = load_base(options.base)
     names = [load_tuner(pipe, file, f"file-{i}") for i, file in enumerate(options.files)]
-    pairs = read_pairs(HERE, 256, "test")[: options.count]
+    pairs = read_pairs(HERE, AspectBuckets(256), "test")[: options.count]
     columns = [{}, *({name: 1.0} for name in names)]
     guidance = default_guidance(pipe)
     cells = [Cell(pair.caption, i, adapters, guidance) for i, pair in enumerate(pairs) for adapters in columns]

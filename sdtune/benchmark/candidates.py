@@ -34,6 +34,7 @@ from ..inference import compare
 from ..kernels.cpu import heap
 from ..kernels.cuda import graphs
 from ..training import dataset, trainer
+from ..training.buckets import AspectBuckets
 from ..training.config import TrainConfig
 from ..tuners.config import TunerConfig
 
@@ -81,7 +82,7 @@ class Job:
         short = dict(preview_steps=1, preview_prompts=[PROMPT], preview_every=0)
         config = TrainConfig(
             base=self.base, data=self.data, output=str(Path(self.work_folder) / "run" / self.name),
-            batch_size=self.batch, resolution=self.resolution, mixed_precision=self.precision,
+            batch_size=self.batch, resolution=self.resolution, square=True, mixed_precision=self.precision,
             gradient_checkpointing=self.checkpointing, steps=self.repetitions if self.part == "finish" else 1000,
             **({} if self.default_previews else short),
         )  # fmt: skip
@@ -116,7 +117,7 @@ def _prepare_reference(job: Job) -> Candidate:
     """
     AcceleratorState._reset_state()  # which our trainer may have set in this process
     accelerator = Accelerator(mixed_precision=job.precision, cpu=not torch.cuda.is_available())
-    pairs, _ = dataset.read_splits(job.data, job.resolution, lambda line: None)
+    pairs, _ = dataset.read_splits(job.data, AspectBuckets(job.resolution, square=True), lambda line: None)
     pipe = load.load_base(job.base)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     unet, vae = kernels.restore(pipe.unet), kernels.restore(pipe.vae)
@@ -212,8 +213,9 @@ def _prepare_drawing(job: Job) -> Candidate:
         unet.unload_lora()
     unet.eval()
     adapters = {} if job.name in (BASE, FUSED) else {"tuner_0": 1.0}
-    cells = [compare.Cell(PROMPT, seed, adapters) for seed in range(job.batch)]
-    return Candidate(partial(compare.draw_cells, pipe, cells, steps=job.sampling_steps, size=job.resolution))
+    side = job.resolution
+    cells = [compare.Cell(PROMPT, seed, adapters, width=side, height=side) for seed in range(job.batch)]
+    return Candidate(partial(compare.draw_cells, pipe, cells, steps=job.sampling_steps))
 
 
 def _draw_as_diffusers(pipe: StableDiffusionPipeline, job: Job) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..training import dataset
+from ..training.buckets import AspectBuckets
 from .candidates import BASE, CANDIDATES, FLOOR, LORA, REFERENCE, RES_ATTN, Job
 from .child import seconds_per_call
 from .kernel_switches import KERNELS, SWITCHES
@@ -148,7 +149,7 @@ def measure_finish(job: Job, options: argparse.Namespace) -> Iterator[dict]:
 
 def _repeat_pairs(job: Job, count: int) -> str:
     """A folder of `count` pairs: the training pictures over and over."""
-    pairs, _ = dataset.read_splits(job.data, job.resolution, lambda line: None)
+    pairs, _ = dataset.read_splits(job.data, AspectBuckets(job.resolution, square=True), lambda line: None)
     folder = Path(tempfile.mkdtemp(dir=job.work_folder))
     for i in range(count):
         first = i % len(pairs)

@@ -11,6 +11,7 @@ from ..adapters import api
 from ..bases import load, properties
 from ..inference import compare
 from ..training import dataset, encoding
+from ..training.buckets import AspectBuckets
 from ..training.loss import denoising_errors
 
 
@@ -35,6 +36,7 @@ class EvaluatedModel:
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).eval()
         self.resolution = load.native_resolution(base)
+        self.buckets = AspectBuckets(self.resolution, square=True)  # all methods are compared on squares
         self.guidance = properties.default_guidance(self.pipe)
         self.precision, self.sampling_steps, self.progress_bar = precision, sampling_steps, progress_bar
 
@@ -58,7 +60,7 @@ class EvaluatedModel:
     def encode(self, pairs: list[dataset.Pair]) -> encoding.Encoded:
         """Pictures and captions of pairs as the UNet takes them, on the device in fp32."""
         pipe = self.pipe
-        encoded = encoding.encode(pairs, pipe.vae, pipe.tokenizer, pipe.text_encoder, self.resolution)
+        encoded = encoding.encode(pairs, pipe.vae, pipe.tokenizer, pipe.text_encoder, self.buckets)
         return encoded.to(self.device, torch.float32)
 
     def denoising_errors(self, encoded: encoding.Encoded, noises: int = 1) -> torch.Tensor:
@@ -71,12 +73,16 @@ class EvaluatedModel:
         """The pictures of pairs, encoded and decoded by the VAE, in the precision that pictures are drawn in."""
         vae = self.pipe.vae
         with self.autocast():
-            latents = self.encode(pairs).mean[:, 0] / vae.config.scaling_factor
+            latents = self.encode(pairs).buckets[0].mean[:, 0] / vae.config.scaling_factor
             decoded = torch.cat([vae.decode(part).sample.float().cpu() for part in latents.split(16)])
         return self.pipe.image_processor.postprocess(decoded, output_type="pil")
 
     def draw(self, prompts: list[str], first_seed: int, adapters: dict[str, float]) -> list[Image.Image]:
         """A picture of each prompt; prompt i starts from the noise of seed first_seed + i."""
-        cells = [compare.Cell(p, first_seed + i, adapters, self.guidance) for i, p in enumerate(prompts)]
+        side = self.resolution
+        cells = [
+            compare.Cell(p, first_seed + i, adapters, self.guidance, width=side, height=side)
+            for i, p in enumerate(prompts)
+        ]
         title = "drawing" if self.progress_bar else ""
-        return compare.draw_cells(self.pipe, cells, steps=self.sampling_steps, size=self.resolution, title=title)
+        return compare.draw_cells(self.pipe, cells, steps=self.sampling_steps, title=title)

@@ -29,7 +29,7 @@ def draw_grid(results: Results) -> Image.Image:
         count = len(task.test)
         for i in dict.fromkeys(count * part // 4 for part in range(4)):
             labels.append(task.test[i].caption)
-            true = images.crop_to_square(task.test[i].open(), side)
+            true = images.crop_to_shape(task.test[i].open(), (side, side))
             rows.append([*(drawn(task, label, f"{i:03d}.png") for label in columns), true])
         labels.append(f"{evaluation.outside_prompts[1]} (outside the style)")
         rows.append([*(drawn(task, label, "outside-001.png") for label in columns), nothing])

@@ -249,7 +249,9 @@ class Evaluation:
         """The base's own pictures of prompts outside the style, encoded; their features and the base's errors."""
         with self.model.autocast():
             images = self.model.draw(self.outside_prompts, 0, {})
-        pairs = [dataset.Pair(p, p, lambda image=image: image) for p, image in zip(self.outside_prompts, images)]
+        pairs = [
+            dataset.Pair(p, p, lambda image=image: image, image.size) for p, image in zip(self.outside_prompts, images)
+        ]
         encoded = self.model.encode(pairs)
         with self.model.autocast():
             errors = self.model.denoising_errors(encoded)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..training import dataset, encoding, images
+from ..training.buckets import AspectBuckets
 from .methods import EvaluationError
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def read_task(source: str, output: Path, resolution: int, prompts: int) -> Task:
     where = TASKS.get(source, source)
     if source in TASKS and not Path(where).is_dir():
         raise EvaluationError(f"the task {source} is not prepared yet; run: python assets/tasks.py")
-    train, test = dataset.read_splits(where, resolution, log=lambda text: None)
+    train, test = dataset.read_splits(where, AspectBuckets(resolution, square=True), log=lambda text: None)
     if len(train) < 4 or len(test) < 2:
         raise EvaluationError(
             f"{where} has {len(train)} pairs to train on and {len(test)} held-out ones (in its folder test); at least "
@@ -79,7 +80,7 @@ def write_pairs(folder: Path, pairs: list[dataset.Pair], captions: list[str], re
     part.mkdir(parents=True)
     lines = []
     for i, (pair, caption) in enumerate(zip(pairs, captions)):
-        images.crop_to_square(pair.open(), resolution).save(part / f"{i:03d}.png")
+        images.crop_to_shape(pair.open(), (resolution, resolution)).save(part / f"{i:03d}.png")
         lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": caption}) + "\n")
     (part / "metadata.jsonl").write_text("".join(lines))
     try:

@@ -22,13 +22,18 @@ from ..kernels.cuda import graphs
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture to draw: `adapters` maps attached adapters to their weights; empty is the base alone."""
+    """One picture to draw: `adapters` maps attached adapters to their weights; empty is the base alone.
+
+    `width` and `height` are in pixels, multiples of the VAE's factor (8); None is the base's own.
+    """
 
     prompt: str
     seed: int = 0
     adapters: Mapping[str, float] = field(default_factory=dict)
     guidance: float = 7.5
     negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
 
 
 def compare(
@@ -41,7 +46,8 @@ def compare(
     negative_prompt: str = "",
     guidance: float = 7.5,
     steps: int = 30,
-    size: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, list]:
     """Draws one prompt in several columns, every column from the same starting noise.
@@ -49,7 +55,8 @@ def compare(
     Args:
         columns: title -> adapters and their weights, e.g. {"base": {}, "anime": {"anime": 1.0}}.
         seed, images: picture i of every column starts from the noise of seed + i.
-        size, steps, on_step: as in `draw_cells`.
+        width, height: in pixels, as in `Cell`.
+        steps, on_step: as in `draw_cells`.
 
     Returns:
         title -> its `images` PIL pictures.
@@ -59,11 +66,11 @@ def compare(
     if not isinstance(images, int) or images < 1 or not isinstance(seed, int):
         raise ValueError(f"images is {images!r} and seed {seed!r}; both must be whole numbers, images at least 1")
     cells = [
-        Cell(prompt, seed + i, adapters, guidance, negative_prompt)
+        Cell(prompt, seed + i, adapters, guidance, negative_prompt, width, height)
         for adapters in columns.values()
         for i in range(images)
     ]
-    drawn = draw_cells(pipe, cells, steps=steps, size=size, on_step=on_step)
+    drawn = draw_cells(pipe, cells, steps=steps, on_step=on_step)
     return {title: drawn[i * images : (i + 1) * images] for i, title in enumerate(columns)}
 
 
@@ -72,18 +79,16 @@ def draw_cells(
     cells: Sequence[Cell],
     *,
     steps: int = 30,
-    size: int | None = None,
     batch: int | None = None,
     title: str = "",
     on_step: Callable[[int, int], None] | None = None,
 ) -> list:
-    """Draws all cells, in as few UNet passes as their guidance and adapters allow; the pipe is left as it was.
+    """Draws all cells, in as few UNet passes as their size, guidance and adapters allow; the pipe is left as it was.
 
     Two settings stay: without a GPU this process keeps freed memory (`heap.keep_freed_memory`), and on a GPU the
     weights of convolutions are in channels_last (`kernels.to_channels_last`).
 
     Args:
-        size: side in pixels; by default the base's own.
         batch: most pictures in one pass; by default as many as 16 of 256 px would be.
         title: of a progress bar; without one none is shown.
         on_step: called with (UNet passes done, passes in all) after each pass; an exception of it ends the drawing.
@@ -94,14 +99,13 @@ def draw_cells(
     Raises:
         ValueError: naming every adapter that is not attached, and every argument that is out of range.
     """
-    _check_arguments(pipe, cells, steps, size)
+    _check_arguments(pipe, cells, steps)
     known = {n for names in pipe.get_list_adapters().values() for n in names}
     unknown = sorted({n for cell in cells for n in cell.adapters} - known)
     if unknown:
         there = ", ".join(sorted(known)) or "none"
         raise ValueError(f"no adapter named {', '.join(map(repr, unknown))} is attached; attached adapters: {there}")
-    side = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    groups = list(_groups(pipe, cells, batch or max(1, 16 * 256**2 // side**2)))
+    groups = list(_groups(pipe, cells, batch))
     pipe.scheduler.set_timesteps(steps)
     total, drawn = len(groups) * len(pipe.scheduler.timesteps), [None] * len(cells)
     bar, done = tqdm(total=total, desc=title, unit="pass", leave=False, disable=not title), 0
@@ -123,9 +127,9 @@ def draw_cells(
         try:
             for group in groups:
                 own = [cells[i] for i in group]
-                pictures = _draw_group(pipe, own, steps, side, count)
+                pictures = _draw_group(pipe, own, steps, count)
                 if len(own) > 1 and not all(map(_is_finite, pictures)):  # one may have spoilt the others of its pass
-                    pictures = [_draw_group(pipe, [cell], steps, side, _no_count)[0] for cell in own]
+                    pictures = [_draw_group(pipe, [cell], steps, _no_count)[0] for cell in own]
                 for i, picture in zip(group, pictures):
                     drawn[i] = _to_image(pipe, picture, cells[i])
         finally:
@@ -134,17 +138,18 @@ def draw_cells(
     return drawn
 
 
-def _check_arguments(pipe, cells: Sequence[Cell], steps: int, size: int | None) -> None:
+def _check_arguments(pipe, cells: Sequence[Cell], steps: int) -> None:
     """Raises a ValueError that lists every argument that cannot be drawn with."""
     wrong, unit = [], pipe.vae_scale_factor
     if not isinstance(steps, int) or steps < 1:
         wrong.append(f"steps is {steps!r}; it must be a whole number of at least 1")
-    if size is not None and (not isinstance(size, int) or size < unit or size % unit):
-        wrong.append(f"size is {size!r}; it must be a multiple of {unit}")
     for cell in cells:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(cell, name), str):
                 wrong.append(f"{name} is {getattr(cell, name)!r}; it must be a text")
+        for name, side in (("width", cell.width), ("height", cell.height)):
+            if side is not None and (not isinstance(side, int) or side < unit or side % unit):
+                wrong.append(f"{name} is {side!r}; it must be a multiple of {unit}")
         if not isinstance(cell.seed, int) or not 0 <= cell.seed < 2**63:
             wrong.append(f"seed is {cell.seed!r}; it must be a whole number from 0")
         if not _is_number(cell.guidance) or cell.guidance < 0:
@@ -162,24 +167,31 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _groups(pipe, cells: Sequence[Cell], batch: int) -> Iterator[list[int]]:
-    """The indices of the cells of each pass: cells of one guidance whose adapters can share a pass."""
+def _size_of(pipe, cell: Cell) -> tuple[int, int]:
+    """Width and height of a cell's picture in pixels."""
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return cell.width or side, cell.height or side
+
+
+def _groups(pipe, cells: Sequence[Cell], batch: int | None) -> Iterator[list[int]]:
+    """The indices of the cells of each pass: cells of one size and guidance whose adapters can share a pass."""
     kinds: dict[tuple, list[int]] = {}
     for i, cell in enumerate(cells):
         shared = per_sample.can_share_a_pass(pipe.unet, list(cell.adapters))
-        kinds.setdefault((cell.guidance, None if shared else _key(cell)), []).append(i)
-    for group in kinds.values():
-        for start in range(0, len(group), batch):
-            yield group[start : start + batch]
+        kinds.setdefault((_size_of(pipe, cell), cell.guidance, None if shared else _key(cell)), []).append(i)
+    for ((width, height), *_), group in kinds.items():
+        count = batch or max(1, 16 * 256**2 // (width * height))
+        for start in range(0, len(group), count):
+            yield group[start : start + count]
 
 
 def _key(cell: Cell) -> tuple:
     return tuple(sorted((n, float(w)) for n, w in cell.adapters.items() if w))
 
 
-def _draw_group(pipe, cells: list[Cell], steps: int, side: int, count) -> list:
+def _draw_group(pipe, cells: list[Cell], steps: int, count) -> list:
     guided, guidance = cells[0].guidance > 1, cells[0].guidance
-    device, count_of = pipe._execution_device, len(cells)
+    device, count_of, (width, height) = pipe._execution_device, len(cells), _size_of(pipe, cells[0])
     texts: list = [None] * count_of
     for key in dict.fromkeys(map(_key, cells)):  # a LoRA may change the text encoder, too
         members = [i for i, cell in enumerate(cells) if _key(cell) == key]
@@ -192,7 +204,7 @@ def _draw_group(pipe, cells: list[Cell], steps: int, side: int, count) -> list:
     arguments = dict(
         prompt_embeds=torch.stack([t[0] for t in texts]),
         negative_prompt_embeds=torch.stack([t[1] for t in texts]) if guided else None,
-        num_inference_steps=steps, guidance_scale=guidance, height=side, width=side, callback_on_step_end=count,
+        num_inference_steps=steps, guidance_scale=guidance, height=height, width=width, callback_on_step_end=count,
         output_type="np",
         generator=[torch.Generator("cpu").manual_seed(cell.seed) for cell in cells],
     )  # fmt: skip

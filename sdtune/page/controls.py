@@ -46,10 +46,40 @@ def guidance_slider(backend: Backend, scale: int = 1) -> gr.Slider:
     return gr.Slider(1, 15, backend.guidance, step=0.5, label="Guidance", info=info, min_width=200, scale=scale)
 
 
-def size_slider(backend: Backend) -> gr.Slider:
+def size_fields(backend: Backend, name: str) -> tuple[gr.Number, gr.Number]:
+    """The fields for width and height, with a list of usual sizes and a button that swaps the two.
+
+    Args:
+        name: of the tab, the beginning of the fields' ids.
+    """
     side = backend.side
-    info = f"In pixels. The base was trained at {side}."
-    return gr.Slider(max(64, side // 2), 2 * side, side, step=32, label="Size", info=info, min_width=200)
+    with gr.Row(equal_height=True):
+        width, height = (
+            gr.Number(side, label=label, precision=0, step=8, min_width=110, elem_id=f"{name}-{label.lower()}",
+                      info=info)
+            for label, info in (("Width", "A multiple of 8."), ("Height", f"The base was trained at {side}."))
+        )  # fmt: skip
+        swap = gr.Button("⇄ Swap", scale=0, min_width=96, elem_id=f"{name}-swap")
+        usual = gr.Dropdown(
+            [(f"{title}, {w} × {h}", f"{w}x{h}") for title, (w, h) in _usual_sizes(side).items()],
+            value=f"{side}x{side}", label="Usual sizes", info="Fills in width and height.", min_width=200,
+            elem_id=f"{name}-sizes",
+        )  # fmt: skip
+    swap.click(lambda w, h: (h, w), [width, height], [width, height], **QUIET)
+    usual.input(lambda size: [int(part) for part in size.split("x")], usual, [width, height], **QUIET)
+    return width, height
+
+
+def _usual_sizes(side: int) -> dict[str, tuple[int, int]]:
+    """Sizes whose shorter side is about the base's, by their titles; all in multiples of 8."""
+    five_fourths, three_halves = (8 * round(side * factor / 8) for factor in (1.25, 1.5))
+    return {
+        "Square": (side, side),
+        "Portrait 4:5": (side, five_fourths),
+        "Portrait 2:3": (side, three_halves),
+        "Landscape 5:4": (five_fourths, side),
+        "Landscape 3:2": (three_halves, side),
+    }
 
 
 async def follow_job(backend: Backend, job: Job) -> AsyncIterator[str]:

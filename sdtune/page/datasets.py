@@ -5,11 +5,15 @@ import json
 import secrets
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..check.before import check_set
+from ..check.sheet import Card
 from ..training import dataset, encoding
+from ..training.buckets import AspectBuckets
 from ..training.errors import DataError
 from .errors import PageError
 from .output_folder import OutputFolder, numbered
@@ -30,6 +34,7 @@ class UploadedImages:
     pairs: list[tuple[str, str]]
     problems: list[str]
     notes: list[str]
+    masks: list[str]  # the names of the mask files
 
     def metadata(self, captions: Sequence[str]) -> str:
         """The content of metadata.jsonl: a line for each image whose caption in the page is not empty."""
@@ -43,7 +48,7 @@ class UploadedImages:
     def write(self, folder: Path, captions: Sequence[str]) -> None:
         """Writes the images and captions as a data set into a new folder."""
         folder.mkdir(parents=True)
-        for name, _ in self.pairs:
+        for name in [*(name for name, _ in self.pairs), *self.masks]:
             shutil.copyfile(self.folder / name, folder / name)
         (folder / "metadata.jsonl").write_text(self.metadata(captions), encoding="utf-8")
 
@@ -78,33 +83,55 @@ class Datasets:
         images = dataset.match_captions(folder, dataset.list_files(folder, problems), caption_problems, notes)
         without_caption = {image.name for image in images if not image.caption}  # it can be typed in the page
         problems += [line for line in caption_problems if line.partition(": ")[0] not in without_caption]
-        return UploadedImages(folder, [(image.name, image.caption or "") for image in images], problems, notes)
+        pairs = [(image.name, image.caption or "") for image in images]
+        return UploadedImages(folder, pairs, problems, notes, [image.mask.name for image in images if image.mask])
 
     def check(
-        self, uploaded: UploadedImages, captions: Sequence[str], resolution: int | None = None
+        self, uploaded: UploadedImages, captions: Sequence[str], buckets: AspectBuckets | None = None
     ) -> tuple[list[str], list[str]]:
         """Checks images and captions as a training would.
+
+        Args:
+            buckets: the shapes of the training; by default those of the base's side.
 
         Returns:
             The problems that prevent a training, and the notes; each a list of lines that name a file.
         """
-        folder = self.output.new_dataset_path()
         missing = [name for (name, _), caption in zip(uploaded.pairs, captions) if not (caption or "").strip()]
         problems = [*uploaded.problems, *(f"{name}: has no caption yet; type one next to it" for name in missing)]
         notes = list(uploaded.notes)
         try:
-            # the images without a caption are checked too, with a placeholder
-            uploaded.write(folder, [c if (c or "").strip() else "no caption" for c in captions])
-            pairs = dataset.read_pairs(folder, resolution or self.side, log=notes.append)
+            with self._written(uploaded, captions) as folder:
+                pairs = dataset.read_pairs(folder, buckets or AspectBuckets(self.side), log=notes.append)
             with self._tokenizer_lock:
                 too_long = encoding.truncated_captions(pairs, self._tokenizer)
             if too_long:
                 notes.append(f"the text encoder does not read the end of long captions: {', '.join(too_long[:5])}")
         except DataError as error:
             problems += error.problems
+        return problems, list(dict.fromkeys(notes))
+
+    def look_through(
+        self, uploaded: UploadedImages, captions: Sequence[str], buckets: AspectBuckets
+    ) -> tuple[list[str], list[Card]]:
+        """What is worth a look in images that can be trained on: sentences about all, and a card for each.
+
+        Raises:
+            DataError: with every problem that prevents a training.
+        """
+        with self._written(uploaded, captions) as folder:
+            report = check_set(str(folder), buckets)
+        return report.lines, report.cards
+
+    @contextmanager
+    def _written(self, uploaded: UploadedImages, captions: Sequence[str]) -> Iterator[Path]:
+        """A context that gives a folder with the images and captions; those without one get a placeholder."""
+        folder = self.output.new_dataset_path()
+        try:
+            uploaded.write(folder, [c if (c or "").strip() else "no caption" for c in captions])
+            yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return problems, list(dict.fromkeys(notes))
 
     def folder_for(self, uploaded: UploadedImages | None, captions: Sequence[str], name: str) -> Path:
         """The folder in which these images and captions are kept, now or later; the same for the same content."""

@@ -13,7 +13,7 @@ from .controls import (
     connect_stop,
     follow_job,
     guidance_slider,
-    size_slider,
+    size_fields,
     steps_slider,
     to_int,
 )
@@ -45,22 +45,24 @@ def build_draw_tab(window: Window) -> None:
         negative = gr.Textbox(label="Negative prompt", info="What the images should not show.", lines=1)
         with gr.Row():
             steps = steps_slider("steps")
-            size = size_slider(backend)
             sampler = gr.Dropdown(list(SAMPLERS), value=backend.drawings.sampler, label="Sampler", min_width=200,
                                   info="How the noise is removed, step by step.")  # fmt: skip
+        width, height = size_fields(backend, "draw")
     build_column_cards(window)
     status = gr.HTML(elem_classes="status", elem_id="draw-status")
     drawn = gr.HTML(html_parts.empty_result("The images appear here. All columns start from the same noise."),
                     js_on_load=LIGHTBOX, elem_id="drawn-images")  # fmt: skip
     restore = gr.File(label="Drop a PNG from this page to restore its settings", file_types=[".png"], height=104,
                       elem_id="restore")  # fmt: skip
-    fields = [prompt, negative, seed, images, steps, guidance, size, sampler]
+    fields = [prompt, negative, seed, images, steps, guidance, width, height, sampler]
 
-    async def on_draw(prompt, negative, seed, images, steps, guidance, size, sampler, columns, request: gr.Request):
+    async def on_draw(
+        prompt, negative, seed, images, steps, guidance, width, height, sampler, columns, request: gr.Request
+    ):
         try:
             settings = Settings(
-                prompt or "", negative or "", to_int(seed), to_int(steps), float(guidance), to_int(size) or None,
-                to_int(images), sampler, columns,
+                prompt or "", negative or "", to_int(seed), to_int(steps), float(guidance), to_int(width) or None,
+                to_int(height) or None, to_int(images), sampler, columns,
             )  # fmt: skip
             job = backend.drawings.draw_columns(request.session_hash, settings)
         except ValueError as error:
@@ -73,25 +75,26 @@ def build_draw_tab(window: Window) -> None:
 
     def on_restore(file):
         if file is None:
-            return [gr.skip()] * 11
+            return [gr.skip()] * 12
         try:
             found = read_png(file)
         except ValueError as error:
-            return [html_parts.message(str(error), error=True), *[gr.skip()] * 9, None]
+            return [html_parts.message(str(error), error=True), *[gr.skip()] * 10, None]
         note = "The settings are restored."
         labels = backend.files.labels(checkpoints=True)
         missing = dict.fromkeys(label for column in found.columns for label in column if label not in labels)
         columns = [{k: weight for k, weight in column.items() if k in labels} for column in found.columns]
         if missing:
             note += f" These adapters are not in Files, so they are left out: {', '.join(missing)}."
-        wanted = {images: found.images, steps: found.steps, guidance: found.guidance, size: found.size or backend.side}
+        wanted = {images: found.images, steps: found.steps, guidance: found.guidance}
         allowed = {slider: min(max(value, slider.minimum), slider.maximum) for slider, value in wanted.items()}
         changed = [slider.label.lower() for slider in wanted if allowed[slider] != wanted[slider]]
         if changed:
             note += f" These settings were out of this page's range and are changed: {', '.join(changed)}."
         texts = (found.prompt, found.negative_prompt)
+        size = found.width or backend.side, found.height or backend.side
         sampler = found.sampler if found.sampler in SAMPLERS else backend.drawings.sampler
-        return [html_parts.message(note), *texts, found.seed, *allowed.values(), sampler, columns, None]
+        return [html_parts.message(note), *texts, found.seed, *allowed.values(), *size, sampler, columns, None]
 
     gr.on([draw.click, prompt.submit], on_draw, [*fields, window.columns], [status, drawn, draw, stop],
           concurrency_limit=None, **QUIET)  # fmt: skip

@@ -55,7 +55,15 @@ class Drawings:
 
         def work(job: Job) -> Drawn:
             cells = [
-                sdtune.Cell(settings.prompt, settings.seed + i, column, settings.guidance, settings.negative_prompt)
+                sdtune.Cell(
+                    settings.prompt,
+                    settings.seed + i,
+                    column,
+                    settings.guidance,
+                    settings.negative_prompt,
+                    settings.width,
+                    settings.height,
+                )
                 for column in settings.columns
                 for i in range(settings.images)
             ]
@@ -90,7 +98,7 @@ class Drawings:
         def work(job: Job) -> Drawn:
             images = self._draw(job, cells, settings)
             rows = [images[i : i + len(across.values)] for i in range(0, len(images), len(across.values))]
-            cell_side = min(256, max(192, self.side if settings.size is None else settings.size))
+            cell_side = min(256, max(192, settings.width or self.side))
             grid = grids.make_grid(rows, across.titles(), down.titles(), cell_side)
             path = self.output.new_image_folder() / f"grid-{make_slug(settings.prompt)}.png"
             titles = {axis.name: axis.titles() for axis in (across, down)}
@@ -120,9 +128,7 @@ class Drawings:
         scheduler, options = SAMPLERS[settings.sampler or self.sampler]
         self.pipe.scheduler = scheduler.from_config(self._scheduler.config, **options)
         try:
-            return sdtune.draw_cells(
-                self.pipe, cells, steps=settings.steps, size=settings.size, on_step=job.report_progress
-            )
+            return sdtune.draw_cells(self.pipe, cells, steps=settings.steps, on_step=job.report_progress)
         finally:
             self.pipe.scheduler = self._scheduler
 

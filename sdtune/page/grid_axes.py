@@ -94,6 +94,8 @@ def make_cells(settings: Settings, across: Axis, down: Axis) -> list[sdtune.Cell
                 sdtune.Cell(
                     **{"prompt": settings.prompt, "seed": settings.seed, "guidance": settings.guidance} | changes,
                     negative_prompt=settings.negative_prompt,
+                    width=settings.width,
+                    height=settings.height,
                 )
             )
     return cells

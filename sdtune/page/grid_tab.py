@@ -3,7 +3,17 @@
 import gradio as gr
 
 from . import html_parts
-from .controls import EXAMPLE_PROMPTS, QUIET, Window, connect_stop, follow_job, guidance_slider, steps_slider, to_int
+from .controls import (
+    EXAMPLE_PROMPTS,
+    QUIET,
+    Window,
+    connect_stop,
+    follow_job,
+    guidance_slider,
+    size_fields,
+    steps_slider,
+    to_int,
+)
 from .errors import PageError, plain_message
 from .files import AdapterFiles
 from .grid_axes import parse_axis
@@ -35,6 +45,8 @@ def build_grid_tab(window: Window) -> None:
         guidance = guidance_slider(backend)
         steps = steps_slider("grid-steps")
     prompt = gr.Textbox(EXAMPLE_PROMPTS[0], label="Prompt", info="What all images show.", lines=2)
+    with gr.Accordion("Size of each image", open=False, elem_id="grid-size"):
+        size = size_fields(backend, "grid")
     with gr.Row():
         draw = gr.Button("Draw the grid", variant="primary", elem_id="draw-grid")
         stop = gr.Button("Stop", interactive=False)
@@ -59,7 +71,21 @@ def build_grid_tab(window: Window) -> None:
                 gr.update(visible=name in ADAPTER_AXES, choices=choices, value=choices))  # fmt: skip
 
     async def on_draw(
-        x, x_text, x_labels, y, y_text, y_labels, adapter, weight, seed, guidance, prompt, steps, request: gr.Request
+        x,
+        x_text,
+        x_labels,
+        y,
+        y_text,
+        y_labels,
+        adapter,
+        weight,
+        seed,
+        guidance,
+        prompt,
+        steps,
+        width,
+        height,
+        request: gr.Request,
     ):
         try:
             chooses_adapter = bool({x, y} & ADAPTER_AXES)
@@ -69,7 +95,8 @@ def build_grid_tab(window: Window) -> None:
                 raise PageError("A weight needs an adapter. Choose one.")
             column = {adapter or "": weight} if adapter or chooses_adapter else {}
             sampler = backend.drawings.sampler
-            settings = Settings(prompt or "", "", to_int(seed), to_int(steps), guidance, None, 1, sampler, [column])
+            settings = Settings(prompt or "", "", to_int(seed), to_int(steps), guidance, to_int(width) or None,
+                                to_int(height) or None, 1, sampler, [column])  # fmt: skip
             grid_axes = parse_axis(x, x_text or "", x_labels), parse_axis(y, y_text or "", y_labels)
             job = backend.drawings.draw_grid(request.session_hash, settings, *grid_axes)
         except ValueError as error:
@@ -91,7 +118,7 @@ def build_grid_tab(window: Window) -> None:
     for axis, text, labels in axes:
         axis.change(show_values, axis, [text, labels], **QUIET)
         axis.change(show_common, [across, down], common, **QUIET)
-    draw.click(on_draw, [across, across_text, across_labels, down, down_text, down_labels, *common, steps],
+    draw.click(on_draw, [across, across_text, across_labels, down, down_text, down_labels, *common, steps, *size],
                [status, drawn, draw, stop], concurrency_limit=None, **QUIET)  # fmt: skip
     connect_stop(backend, stop, "grid")
     window.files_version.change(on_new_files, [across, down, adapter, across_labels, down_labels],

@@ -1,13 +1,12 @@
 """The pieces of HTML for which Gradio has no component. All texts are escaped here."""
 
-import base64
-import io
 import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from ..check import sheet
 from ..training import images
 from .files import AdapterFile
 from .queue import Job
@@ -118,13 +117,15 @@ def thumbnail_url(path: Path | None, side: int) -> str:
     The image is decoded and encoded again, so nothing else in the file reaches the browser.
     """
     try:
-        image = images.open_image(path)
-        image.thumbnail((side, side))
-        jpeg = io.BytesIO()
-        image.save(jpeg, "JPEG", quality=85)
+        return sheet.image_url(images.open_image(path), side)
     except Exception:  # decoders raise many kinds of errors on damaged files
         return ""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+
+
+def picture_sheet(lines: Sequence[str], cards: Sequence[sheet.Card]) -> str:
+    """Sentences about all pictures, and a card for each, those first that are worth a look."""
+    points = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<div class='picture-sheet'><ul>{points}</ul>{sheet.cards_html(cards)}</div>"
 
 
 def file_cards(files: Sequence[AdapterFile]) -> str:

@@ -4,6 +4,7 @@ import os
 
 import gradio as gr
 
+from ..check import sheet
 from . import html_parts
 from .backend import Backend
 from .controls import QUIET, Window
@@ -70,7 +71,7 @@ def launch(
     os.environ["GRADIO_TEMP_DIR"] = str(backend.output.private.resolve() / "uploads")  # where Gradio puts uploads
     blocks = build_page(backend)
     _, local_url, share_url = blocks.queue(max_size=200, default_concurrency_limit=8).launch(
-        server_name=server_name, server_port=port, share=share, auth=login, theme=_theme(), css=CSS,
+        server_name=server_name, server_port=port, share=share, auth=login, theme=_theme(), css=CSS + sheet.STYLE,
         allowed_paths=[str(backend.output.images.resolve())], max_file_size="200mb", show_error=True,
         footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip

@@ -23,8 +23,8 @@ MAX_CHARACTERS, MAX_COLUMNS, MAX_IMAGES, MAX_WEIGHT = 10_000, 12, 64, 5
 class Settings:
     """The settings of a drawing besides the base. Each column maps labels of adapter files to weights; {} is the base.
 
-    `images` is the number of images per column; image i starts from the noise of `seed` + i. `size` is the side of an
-    image in pixels, None for the size of the base.
+    `images` is the number of images per column; image i starts from the noise of `seed` + i. `width` and `height` are
+    those of an image in pixels, None for the size of the base.
     """
 
     prompt: str = ""
@@ -32,7 +32,8 @@ class Settings:
     seed: int = 0
     steps: int = 25
     guidance: float = 7.5
-    size: int | None = None
+    width: int | None = None
+    height: int | None = None
     images: int = 1
     sampler: str = ""
     columns: list[dict[str, float]] = field(default_factory=lambda: [{}])
@@ -51,8 +52,9 @@ class Settings:
         ):
             if not isinstance(value, (int, float)) or not low <= value <= high:
                 problems.append(f"The {name} is {value}; it must be between {low} and {high}.")
-        if self.size is not None and (not 64 <= self.size <= 2048 or self.size % 8):
-            problems.append(f"The size is {self.size}; it must be between 64 and 2048 and a multiple of 8.")
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and (not 64 <= side <= 2048 or side % 8):
+                problems.append(f"The {name} is {side}; it must be between 64 and 2048 and a multiple of 8.")
         if not 1 <= len(self.columns) <= MAX_COLUMNS:
             problems.append(f"There are {len(self.columns)} columns; between 1 and {MAX_COLUMNS} can be drawn.")
         if len(self.columns) * self.images > MAX_IMAGES:
@@ -123,9 +125,11 @@ def _read_parameters(text: str) -> dict:
     facts = dict(re.findall(r"([\w ]+): ([^,]+)(?:, |$)", lines.pop()))
     prompt, _, negative = "\n".join(lines).partition("Negative prompt: ")
     found = {"prompt": prompt.strip(), "negative_prompt": negative.strip(), "sampler": facts.get("Sampler", "")}
-    for name, key in (("seed", "Seed"), ("steps", "Steps"), ("guidance", "CFG scale"), ("size", "Size")):
+    facts["Width"], _, facts["Height"] = facts.get("Size", "").partition("x")
+    numbers = {"seed": "Seed", "steps": "Steps", "guidance": "CFG scale", "width": "Width", "height": "Height"}
+    for name, key in numbers.items():
         try:
-            found[name] = float(facts[key].partition("x")[0])
+            found[name] = float(facts[key])
         except (KeyError, ValueError):
             pass
     return found
@@ -141,8 +145,8 @@ def _keep_usable(found: dict) -> Settings:
     for name in ("prompt", "negative_prompt", "sampler"):
         if isinstance(found.get(name), str):
             values[name] = found[name][:MAX_CHARACTERS]
-    for name in ("seed", "steps", "images", "size", "guidance"):
-        value = found.get(name)
+    for name in ("seed", "steps", "images", "width", "height", "guidance"):
+        value = found.get(name, found.get("size") if name in ("width", "height") else None)  # old files: one side
         if _is_number(value):
             values[name] = float(value) if name == "guidance" else int(value)
     columns = found.get("columns")

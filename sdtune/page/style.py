@@ -67,11 +67,12 @@ footer { display: none !important; }
   background: var(--primary-100); }
 .file-card.unusable .tag { background: #b3261e18; color: #b3261e; }
 .caption-thumbnail { flex: 0 0 76px !important; min-width: 76px !important; }
-.caption-thumbnail img, .caption-thumbnail .broken { width: 72px; height: 72px; object-fit: cover; border-radius: 10px;
-  display: block; }
+.caption-thumbnail img, .caption-thumbnail .broken { width: 72px; height: 72px; object-fit: contain; display: block;
+  border-radius: 10px; }
 .caption-thumbnail .broken { background: #b3261e18; color: #b3261e; font-size: .75rem; padding: 22px 8px;
   text-align: center; }
 .caption-list { max-height: 460px; overflow-y: auto !important; }
+.picture-sheet { max-height: 620px; overflow-y: auto; } .picture-sheet ul { margin: 4px 0 10px; }
 .loss-curve { width: 100%; height: auto; display: block; }
 .loss-curve text { fill: var(--body-text-color-subdued); font: 11px system-ui, sans-serif; }
 @media (max-width: 640px) {

@@ -36,11 +36,20 @@ def build_more_fields(base: str, kind: gr.Dropdown) -> dict[str, gr.components.C
         form["learning_rate"] = gr.Number(0, label="Learning rate", info="0: the default.", minimum=0, min_width=122)
         form["batch_size"] = gr.Number(default.batch_size, label="Batch size", precision=0, minimum=1,
                                        info="Images per step.", min_width=122)  # fmt: skip
-        form["resolution"] = gr.Number(None, label="Resolution", precision=0, info="0: the base's.", min_width=122)
+        form["resolution"] = gr.Number(None, label="Resolution", precision=0, info="Side of the area. 0: the base's.",
+                                       min_width=122)  # fmt: skip
         form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="Of all noise.", min_width=122)
-    form["flip"] = gr.Checkbox(
-        False, label="Also train on mirrored images", info="Leave it off if left and right matter."
-    )
+    with gr.Row():
+        form["flip"] = gr.Checkbox(
+            False, label="Also train on mirrored images", info="Leave it off if left and right matter."
+        )
+        form["square"] = gr.Checkbox(
+            False, label="Crop to squares", info="Off: each image keeps its shape.", elem_id="square"
+        )
+        form["mask_weight"] = gr.Slider(
+            0, 1, default.mask_weight, step=0.05, label="Weight of what is masked", min_width=200,
+            info="Of transparent parts, and of what is black in name-mask.png. 1: masks do not count.",
+        )  # fmt: skip
     with gr.Row():
         form["preview_every"] = gr.Number(100, label="Preview every", precision=0, minimum=0, min_width=200,
                                           info="Steps. 0: only at the end.")  # fmt: skip

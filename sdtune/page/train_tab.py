@@ -1,12 +1,15 @@
 """The Train tab: images and captions to train on, the form, and the progress, loss curve and previews of a training."""
 
 import json
+from functools import partial
 
 import gradio as gr
 
+from ..training.buckets import AspectBuckets
 from ..training.config import TrainConfig
 from ..tuners.config import BASELINES, KINDS
 from . import html_parts
+from .check_images import LOOK_THROUGH, build_after_training, look_through
 from .controls import QUIET, Window
 from .datasets import UploadedImages
 from .errors import PageError, plain_message
@@ -40,6 +43,8 @@ def build_train_tab(window: Window) -> tuple:
             files = gr.File(label="Drop images and caption files here",
                             file_count="multiple", height=150, elem_id="train-files")  # fmt: skip
             problems = gr.HTML(elem_id="problems")
+            look = gr.Button(LOOK_THROUGH, size="sm", elem_id="look-through")
+            looked = gr.HTML(elem_id="looked-through")
             caption_column, captions = gr.Column(elem_id="captions"), gr.Textbox(visible=False)
             with gr.Row():
                 name = gr.Textbox("my-style", label="Name", info="The tuner's name in Files.", min_width=200,
@@ -65,16 +70,17 @@ def build_train_tab(window: Window) -> tuple:
             with gr.Row():
                 draw = gr.Button("Draw with it", variant="primary", visible=False, elem_id="draw-with-it")
                 resume = gr.Button("Resume training", visible=False, elem_id="resume")
+            measure = build_after_training(window)
     fields = [source, name, kind, steps, *more.values()]
 
     def plan(uploaded, captions, values) -> TrainingRun:
         source, name, kind, steps, *rest = values
         return backend.trainings.plan(uploaded, captions, source, name or "", kind, steps, dict(zip(more, rest)))
 
-    def check(uploaded, captions, resolution=None) -> tuple[list[str], list[str]]:
+    def check(uploaded, captions, buckets=None) -> tuple[list[str], list[str]]:
         if uploaded is None or not uploaded.pairs:
             return [*(uploaded.problems if uploaded else []), "there are no images yet; drop some above"], []
-        return backend.datasets.check(uploaded, captions, resolution)
+        return backend.datasets.check(uploaded, captions, buckets)
 
     def on_files(files):
         if not files:
@@ -96,7 +102,8 @@ def build_train_tab(window: Window) -> tuple:
                     raise PageError("The captions were still loading. Look at them and click again.")
                 run = plan(uploaded, captions, values)
                 if own:
-                    problems, notes = check(uploaded, captions, run.config.resolution)
+                    buckets = AspectBuckets(run.config.resolution or backend.side, run.config.square)
+                    problems, notes = check(uploaded, captions, buckets)
                     if problems:
                         return _check_message(uploaded, problems, notes), gr.skip(), gr.skip()
                     backend.datasets.keep(uploaded, captions, run.config.data)
@@ -120,7 +127,8 @@ def build_train_tab(window: Window) -> tuple:
             return plain_message(error)
 
     def on_source(source):
-        return gr.update(visible=source == "own"), gr.update(visible=source == "own"), ""
+        own = gr.update(visible=source == "own")
+        return own, own, own, "", ""
 
     with caption_column:
         triggers = [window.blocks.load, uploaded.change, source.change]
@@ -143,11 +151,13 @@ def build_train_tab(window: Window) -> tuple:
     clicked = [uploaded, captions, *fields]
     train.click(make_handler(start=True), clicked, [problems, command, train], js=READ_CAPTIONS, **QUIET)
     save.click(make_handler(start=False), clicked, [problems, command, train], js=READ_CAPTIONS, **QUIET)
+    look.click(partial(look_through, backend), [uploaded, captions, more["resolution"], more["square"]], looked,
+               js=READ_CAPTIONS, **QUIET)  # fmt: skip
     files.change(on_files, files, [uploaded, problems], **QUIET)
-    source.change(on_source, source, [files, save, problems], **QUIET)
+    source.change(on_source, source, [files, save, look, problems, looked], **QUIET)
     gr.on([uploaded.change, *(field.change for field in fields)], on_change, clicked, command, js=READ_CAPTIONS,
           trigger_mode="always_last", **QUIET)  # fmt: skip
-    return _connect_progress(window, problems, [status, curve, preview, train, stop, draw, resume])
+    return _connect_progress(window, problems, [status, curve, preview, train, stop, draw, resume, measure])
 
 
 def _check_message(uploaded: UploadedImages | None, problems: list[str], notes: list[str]) -> str:
@@ -161,9 +171,9 @@ def _check_message(uploaded: UploadedImages | None, problems: list[str], notes: 
 def _connect_progress(window: Window, problems: gr.HTML, outputs: list) -> tuple:
     """Connects the right half of the tab, which shows a training; returns what `build_train_tab` returns."""
     trainings, queue, files, output = (getattr(window.backend, n) for n in ("trainings", "queue", "files", "output"))
-    _status, _curve, _preview, _train, stop, draw, resume = outputs
+    _status, _curve, _preview, _train, stop, draw, resume, _measure = outputs
     shown = gr.State([])  # what this window shows: the job, its state, step, jobs before it, number of previews
-    unchanged = [gr.skip()] * 8
+    unchanged = [gr.skip()] * 9
 
     def show_training(shown, request: gr.Request):
         job = trainings.shown_in(request.session_hash)
@@ -181,6 +191,7 @@ def _connect_progress(window: Window, problems: gr.HTML, outputs: list) -> tuple
             now, html_parts.training_status(job, job.run.name, before), html_parts.loss_curve(job.losses, job.total),
             preview, gr.Button(interactive=job.finished), gr.Button(interactive=not job.finished),
             gr.Button(visible=has_file), gr.Button(visible=job.finished and job.resumable),
+            gr.Button(visible=job.finished and job.result is not None),
         ]  # fmt: skip
 
     def on_stop(request: gr.Request):

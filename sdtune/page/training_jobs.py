@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..adapters import tuner_file
 from ..training import checkpoints, dataset
+from ..training.buckets import AspectBuckets
 from ..training.config import TrainConfig
 from ..training.errors import Stopped
 from ..tuners.config import TunerConfig, fields_of
@@ -168,7 +169,7 @@ class Trainings:
         """A prompt to draw with the trained tuner: the first caption with the trigger words; "" if there is none."""
         config = job.run.config
         try:
-            pairs = dataset.read_pairs(config.data, self.datasets.side, log=lambda _: None)
+            pairs = dataset.read_pairs(config.data, AspectBuckets(self.datasets.side), log=lambda _: None)
         except ValueError:
             return ""
         return f"{config.trigger_words} {pairs[0].caption}".strip()

@@ -3,7 +3,7 @@
 import gradio as gr
 
 from . import html_parts
-from .controls import EXAMPLE_PROMPTS, QUIET, Window, follow_job, steps_slider, to_int
+from .controls import EXAMPLE_PROMPTS, QUIET, Window, follow_job, size_fields, steps_slider, to_int
 from .errors import plain_message
 from .png_settings import Settings
 from .style import LIGHTBOX
@@ -20,6 +20,8 @@ def build_weight_tab(window: Window) -> None:
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, info="Of both images.", min_width=200)
         steps = steps_slider("weight-steps", 50, 12, "Fewer steps follow the slider faster.")
     prompt = gr.Textbox(EXAMPLE_PROMPTS[0], label="Prompt", info="What the images show.")
+    with gr.Accordion("Size", open=False):
+        size = size_fields(backend, "weight")
     weight = gr.Slider(0, 2, 1, step=0.05, label="Weight", elem_id="weight-slider",
                        info="0 is the base, 1 is as trained. The images are redrawn when you move it.")  # fmt: skip
     status = gr.HTML(elem_classes="status", elem_id="weight-status")
@@ -27,13 +29,14 @@ def build_weight_tab(window: Window) -> None:
                     js_on_load=LIGHTBOX, elem_id="weight-images")  # fmt: skip
     seconds = gr.State(0.0)  # how long the last drawing took
 
-    async def on_change(adapter, weight, prompt, seed, steps, request: gr.Request):
+    async def on_change(adapter, weight, prompt, seed, steps, width, height, request: gr.Request):
         columns = [{}, {adapter: weight}] if adapter else [{}]
         sampler = backend.drawings.sampler
         try:
             settings = Settings(
-                prompt or "", "", to_int(seed), to_int(steps), backend.guidance, None, 1, sampler, columns
-            )
+                prompt or "", "", to_int(seed), to_int(steps), backend.guidance, to_int(width) or None,
+                to_int(height) or None, 1, sampler, columns,
+            )  # fmt: skip
             job = backend.drawings.draw_columns(request.session_hash, settings, "weight")
         except ValueError as error:
             yield html_parts.message(plain_message(error), error=True), gr.skip(), gr.skip()
@@ -56,8 +59,8 @@ def build_weight_tab(window: Window) -> None:
 
     weight.input(stop_if_slow, seconds, queue=False, **QUIET)
     gr.on(
-        [weight.input, adapter.input, prompt.submit, seed.submit, steps.release], on_change,
-        [adapter, weight, prompt, seed, steps], [status, drawn, seconds],
+        [weight.input, adapter.input, prompt.submit, seed.submit, steps.release, *(s.change for s in size)], on_change,
+        [adapter, weight, prompt, seed, steps, *size], [status, drawn, seconds],
         trigger_mode="always_last", concurrency_limit=None, **QUIET,
     )  # fmt: skip
     window.files_version.change(on_new_files, adapter, adapter, **QUIET)

@@ -46,7 +46,12 @@ class TrainConfig:
     license: str = _option("", "license of the tuner, as the hub writes it (mit, cc-by-4.0, creativeml-openrail-m, "
                            "other, ...); written there, too")  # fmt: skip
     flip: bool = _option(False, "train on mirror images too")
-    resolution: int | None = _option(None, "side of the training pictures in px; default: the base's own")
+    resolution: int | None = _option(None, "side in px of the square whose area all training pictures have, about; "
+                                     "default: the base's own")  # fmt: skip
+    square: bool = _option(False, "train on the square in the middle of each picture; default: each keeps its shape, "
+                           "in sides of multiples of 64 px (32, 16 or 8 below 512, 256 or 128 px)")  # fmt: skip
+    mask_weight: float = _option(0.0, "how much the masked parts of a picture count in the loss, from 0 to 1: what "
+                                 "is black in name-mask.png, or transparent; 1 trains on all of it")  # fmt: skip
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
         None, "default: what is chosen for Accelerate, else fp16 on a GPU and fp32 on a CPU"
     )
@@ -77,6 +82,8 @@ class TrainConfig:
             wrong.append(f"guidance_scale is {self.guidance_scale}; it must be at least 0")
         if not 0 <= self.caption_dropout <= 1:
             wrong.append(f"caption_dropout is {self.caption_dropout}; it must be from 0 to 1")
+        if not 0 <= self.mask_weight <= 1:
+            wrong.append(f"mask_weight is {self.mask_weight}; it must be from 0 to 1")
         if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):
             wrong.append(f"resolution is {self.resolution}; it must be at least 64 and a multiple of 8")
         if not re.fullmatch(r"[a-z0-9.-]*", self.license):

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import extras
+from .buckets import AspectBuckets, cropped_share, describe_shapes, enlargement
 from .captions import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
@@ -29,6 +30,7 @@ from .captions import (
 )
 from .errors import DataError, printable, shorten_list
 from .images import FORMATS, UNREAD_SUFFIXES, explain_image_error, explain_profile, open_file, open_image
+from .masks import FOLDER_SUFFIX, MaskError, find_mask_files, open_mask
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,17 @@ class Pair:
     Attributes:
         name: of the file, relative to the data set's folder, or "row N" in a hub data set.
         open: reads the image file and returns it as an upright RGB image, with transparent parts white.
-        digest: SHA-256 of the image file; empty where it was not read from a file.
+        size: width and height of that image in pixels.
+        open_mask: reads its mask, in grey levels and of that size; None if all of the image counts.
+        digest: SHA-256 of the image file and its mask file; empty where it was not read from a file.
         thumbnail: the image in 16 x 16 pixels, (768,) in grey levels, by which near-identical images are found.
     """
 
     name: str
     caption: str
     open: Callable[[], Image.Image]
+    size: tuple[int, int]
+    open_mask: Callable[[], Image.Image] | None = None
     digest: str = ""
     thumbnail: np.ndarray | None = field(default=None, repr=False, compare=False)
 
@@ -55,16 +61,17 @@ class ImageFile(NamedTuple):
     name: str
     caption: str | None
     read_bytes: Callable[[], bytes]
+    mask: Path | None = None
 
 
 def read_splits(
-    source: str | Path, resolution: int, log: Callable[[str], None] = print
+    source: str | Path, buckets: AspectBuckets, log: Callable[[str], None] = print
 ) -> tuple[list[Pair], list[Pair]]:
     """The training pairs and the held-out pairs. Like `read_pairs`, with the problems of both listed at once."""
     found, problems = [], []
     for split in ("train", "test"):
         try:
-            found.append(read_pairs(source, resolution, split, log))
+            found.append(read_pairs(source, buckets, split, log))
         except DataError as error:
             problems += [f"{split}: {p}" if split == "test" else p for p in error.problems]
             if not Path(source).expanduser().is_dir():
@@ -80,18 +87,19 @@ def read_splits(
 
 
 def read_pairs(
-    source: str | Path, resolution: int, split: str = "train", log: Callable[[str], None] = print
+    source: str | Path, buckets: AspectBuckets, split: str = "train", log: Callable[[str], None] = print
 ) -> list[Pair]:
     """The image-caption pairs of a folder or a hub data set, sorted by file name.
 
-    A folder holds images, also in subfolders. Their captions are in `metadata.jsonl` or `metadata.csv` (columns
-    `file_name`, `text`), or next to each image in a .txt or .caption file of the same name. If the folder has
-    subfolders `train` or `test` (the splits of the imagefolder format), `split` chooses one; if it has only `test`,
-    everything else is "train". Hidden files are ignored. A hub id ("owner/name") needs the extra `sdtune[hub]`.
+    A folder holds images, also in subfolders, and their masks (see `masks`). Their captions are in `metadata.jsonl`
+    or `metadata.csv` (columns `file_name`, `text`), or next to each image in a .txt or .caption file of the same name.
+    If the folder has subfolders `train` or `test` (the splits of the imagefolder format), `split` chooses one; if it
+    has only `test`, everything else is "train". Hidden files are ignored. A hub id ("owner/name") needs the extra
+    `sdtune[hub]`.
 
     Args:
-        resolution: side of the training images in pixels. An image whose shorter side is below half of it is a
-            problem; one whose shorter side is below it is logged.
+        buckets: give the shape in which each image is trained. An image that would be enlarged more than twice is a
+            problem; one that is enlarged, or cropped, is logged.
         split: "train", or "test" for the held-out pairs; the list is empty if there is no "test".
         log: called with a line for each thing that is no problem but that a user should know.
 
@@ -102,7 +110,7 @@ def read_pairs(
     root = os.path.expanduser(source)
     if not os.path.exists(root):
         if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
-            return _read_hub(str(source), resolution, split, log)
+            return _read_hub(str(source), buckets, split, log)
         raise DataError(source, ["no such folder; expected a folder with images and captions, or a hub id owner/name"])
     if not os.path.isdir(root):
         raise DataError(source, ["this is a file; expected a folder with images and captions"])
@@ -121,7 +129,7 @@ def read_pairs(
             f"the numbers before _ in {shorten_list(repeats)} are not used as repeats; every image counts once"
         )
     images = match_captions(folder, names, problems, notes)
-    return _check_images(folder, images, resolution, problems, notes, log)
+    return _check_images(folder, images, buckets, problems, notes, log)
 
 
 def list_files(folder: Path, problems: list[str]) -> list[str]:
@@ -156,7 +164,8 @@ def _file_kind(name: str) -> str:
 
 def _check_outside_splits(root: Path, problems: list[str], notes: list[str]) -> None:
     """Reports loose files next to the folder train/, which were probably meant to be used, and notes other folders."""
-    found = [n for n in list_files(root, []) if not n.startswith(("train/", "test/"))]
+    used = ("train/", "test/", f"train{FOLDER_SUFFIX}/", f"test{FOLDER_SUFFIX}/")
+    found = [n for n in list_files(root, []) if not n.startswith(used)]
     outside = [n for n in found if _file_kind(n) != "other"]
     for name in (n for n in outside if "/" not in n):
         problems.append(f"{name}: lies beside the folder train, so it is not used; move it into train, or elsewhere")
@@ -187,13 +196,20 @@ def match_captions(folder: Path, names: list[str], problems: list[str], notes: l
         if double:
             problems.append(f"{', '.join(double)}: captions stand in {tables[0]} too; keep one of the two")
         others += [n for n in caption_files if n not in double]
+    masks = find_mask_files(folder, images, problems)
+    used_as_masks = {path: image for image, paths in masks.items() for path in paths}
     found = []
     for name in images:
+        if folder / name in used_as_masks:
+            if captions and captions.pop(normalize_name(name), None):
+                image = used_as_masks[folder / name]
+                problems.append(f"{name}: has a caption, but its name makes it the mask of {image}; rename one of them")
+            continue
         caption = None if captions is None else captions.pop(normalize_name(name), "")
         if caption == "":
             where = f"add it to {tables[0]}" if tables else f"write it into {os.path.splitext(name)[0]}.txt"
             problems.append(f"{name}: no caption, or an empty one; {where}")
-        found.append(ImageFile(name, caption, (folder / name).read_bytes))
+        found.append(ImageFile(name, caption, (folder / name).read_bytes, next(iter(masks.get(name, [])), None)))
     for name in captions or ():
         problems.append(f"{name}: has a caption, but there is no such image; add the image or remove the caption")
     if others:
@@ -202,18 +218,21 @@ def match_captions(folder: Path, names: list[str], problems: list[str], notes: l
 
 
 def _check_images(
-    source, images: list[ImageFile], resolution: int, problems: list[str], notes: list[str], log
+    source, images: list[ImageFile], buckets: AspectBuckets, problems: list[str], notes: list[str], log
 ) -> list[Pair]:
     """The pairs, after every image has been read completely. Logs the notes; raises a DataError for any problem."""
-    pairs, least = [], (resolution + 1) // 2
+    pairs: list[Pair] = []
     image_notes = {
-        f"smaller than {resolution} px and will be enlarged": [],
-        "not square; the middle of each is used": [],
-        "cut by more than half, to the square in their middle": [],
+        f"too small for {buckets.resolution} px and will be enlarged": [],
+        "cropped by more than 10 %": [],
+        "partly masked by a file; what is black there counts as --mask_weight says": [],
+        "partly transparent; what is transparent counts as --mask_weight says": [],
         "animated or of several pages; the first picture of each is used": [],
         "in a colour profile that cannot be used, and are read as sRGB": [],
     }
-    for name, caption, read_bytes in tqdm(images, desc="checking images", disable=len(images) < 200, leave=False):
+    for name, caption, read_bytes, mask_file in tqdm(
+        images, desc="checking images", disable=len(images) < 200, leave=False
+    ):
         for what, text in (("file name", name), ("caption", caption or "")):
             if re.search("[\ud800-\udfff]", text):
                 problems.append(f"{name}: its {what} is not valid Unicode; write it anew")
@@ -225,18 +244,26 @@ def _check_images(
                 is_animated = getattr(image, "is_animated", False)
                 bad_profile = explain_profile(image)
                 opened = open_image(image)
+            mask_content = mask_file.read_bytes() if mask_file else None
+            mask = open_mask(mask_content, content)
+        except MaskError as error:
+            problems.append(f"{name}: {error}")
+            continue
         except Exception as error:  # decoders raise many kinds of exceptions on damaged files
             problems.append(f"{name}: {explain_image_error(error)}")
             continue
         thumbnail = np.asarray(opened.resize((16, 16), Image.Resampling.BOX), np.uint8).ravel()
-        digest = hashlib.sha256(content).hexdigest()
-        pairs.append(Pair(name, caption or "", partial(_open_bytes, read_bytes), digest, thumbnail))
-        width, height = opened.size
-        if min(width, height) < least:
-            problems.append(f"{name}: {width} x {height} is too small; {resolution} px need {least} x {least} or more")
-        lost = 1 - min(width, height) / max(width, height)
-        found = (min(width, height) < resolution, lost > 0, lost > 0.5, is_animated, bad_profile)
-        texts = (name, name, f"{name} ({lost:.0%} of it)", name, f"{name} ({bad_profile})")
+        digest = hashlib.sha256(content + (mask_content or b"")).hexdigest()
+        read_mask = partial(_open_mask, mask_file, read_bytes) if mask else None
+        read_image = partial(_open_bytes, read_bytes)
+        pairs.append(Pair(name, caption or "", read_image, opened.size, read_mask, digest, thumbnail))
+        (width, height), shape = opened.size, buckets.shape_for(opened.size)
+        scale, lost = enlargement(opened.size, shape), cropped_share(opened.size, shape)
+        if scale > 2:
+            least = " x ".join(str((side + 1) // 2) for side in shape)
+            problems.append(f"{name}: {width} x {height} is too small; {buckets.resolution} px need {least} or more")
+        found = (scale > 1, lost > 0.1, mask_file, mask and not mask_file, is_animated, bad_profile)
+        texts = (name, f"{name} ({lost:.0%} of it)", name, name, name, f"{name} ({bad_profile})")
         for names, applies, text in zip(image_notes.values(), found, texts):
             if applies:
                 names.append(text)
@@ -247,6 +274,8 @@ def _check_images(
     notes = notes + [
         f"{len(names)} images are {what}: {shorten_list(names)}" for what, names in image_notes.items() if names
     ]
+    if shapes := describe_shapes([p.name for p in pairs], [p.size for p in pairs], buckets):
+        notes.append(shapes)
     if same := near_identical(pairs, pairs):
         names = shorten_list([f"{a} = {b}" for a, b in same])
         notes.append(f"{len(same)} images are copies of others, or nearly: {names}")
@@ -281,7 +310,11 @@ def _open_bytes(read_bytes: Callable[[], bytes]) -> Image.Image:
     return open_image(io.BytesIO(read_bytes()))
 
 
-def _read_hub(name: str, resolution: int, split: str, log) -> list[Pair]:
+def _open_mask(mask_file: Path | None, read_bytes: Callable[[], bytes]) -> Image.Image:
+    return open_mask(mask_file.read_bytes() if mask_file else None, read_bytes())
+
+
+def _read_hub(name: str, buckets: AspectBuckets, split: str, log) -> list[Pair]:
     """The pairs of a data set of the Hugging Face hub, with the columns image and text (or caption, or prompt)."""
     no_folder = "there is no such folder here, and"
     try:
@@ -314,4 +347,4 @@ def _read_hub(name: str, resolution: int, split: str, log) -> list[Pair]:
         if not caption:
             problems.append(f"row {i}: no caption, or an empty one")
         images.append(ImageFile(f"row {i}", caption, partial(read_bytes, i)))
-    return _check_images(name, images, resolution, problems, [], log)
+    return _check_images(name, images, buckets, problems, [], log)

@@ -6,9 +6,34 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .buckets import AspectBuckets
 from .dataset import Pair
 from .errors import DataError
-from .images import crop_to_square
+from .images import crop_to_shape
+from .masks import loss_weight
+
+
+@dataclass
+class Bucket:
+    """The encoded images of one shape, m of the data set's.
+
+    Attributes:
+        images: their numbers in the data set, ascending, (m,), on the CPU.
+        mean, std: of the VAE's posterior, times its scaling factor, (m, flips, C, h, w); flips is 2 if mirror images
+            are trained on too, else 1.
+        weight: how much each place counts in the loss, on average 1 for each image, (m, flips, 1, h, w); None if no
+            image of the bucket is masked.
+    """
+
+    images: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    weight: torch.Tensor | None = None
+
+    def to(self, device) -> "Bucket":
+        """A copy on a device."""
+        weight = None if self.weight is None else self.weight.to(device)
+        return Bucket(self.images, self.mean.to(device), self.std.to(device), weight)
 
 
 @dataclass
@@ -17,59 +42,90 @@ class Encoded:
 
     Attributes:
         names: of the images, for messages.
-        mean, std: of the VAE's posterior, times its scaling factor, (n, flips, C, h, w); flips is 2 if mirror images
-            are trained on too, else 1.
+        buckets: the images by their shapes.
         text: the encoded captions, (n, tokens, width).
         empty: the encoded empty caption, (1, tokens, width).
     """
 
     names: list[str]
-    mean: torch.Tensor
-    std: torch.Tensor
+    buckets: list[Bucket]
     text: torch.Tensor
     empty: torch.Tensor
 
     def to(self, device, dtype) -> "Encoded":
         """A copy on a device, with the text in `dtype`; mean and std stay in fp32."""
         return Encoded(
-            self.names, self.mean.to(device), self.std.to(device),
+            self.names, [bucket.to(device) for bucket in self.buckets],
             self.text.to(device, dtype), self.empty.to(device, dtype),
         )  # fmt: skip
 
 
 @torch.no_grad()
 def encode(
-    pairs: list[Pair], vae, tokenizer, text_encoder, resolution: int, flip: bool = False, trigger_words: str = ""
-) -> Encoded:
+    pairs: list[Pair], vae, tokenizer, text_encoder, buckets: AspectBuckets, flip: bool = False,
+    trigger_words: str = "", mask_weight: float = 1.0,
+) -> Encoded:  # fmt: skip
     """Encodes every image and every caption once, in the dtype of the models and on their device.
 
     Args:
-        resolution: side in pixels to which the middle square of each image is resized.
+        buckets: give the shape in which each image is encoded.
         flip: whether to encode the mirror image of each image too.
         trigger_words: are put before every caption.
+        mask_weight: how much the masked parts of an image count in the loss, from 0 to 1.
 
     Raises:
-        DataError: naming every image whose encoding is not finite.
+        DataError: naming every image whose encoding is not finite, or of which all that is trained on is masked.
     """
-    device, posteriors = vae.device, []
+    device, posteriors, weights = vae.device, [], []
     for pair in tqdm(pairs, desc="encoding images", leave=False, disable=len(pairs) < 20):
-        x = torch.from_numpy(np.asarray(crop_to_square(pair.open(), resolution), dtype=np.float32).copy())
+        image = pair.open()
+        shape = buckets.shape_for(image.size)
+        image = crop_to_shape(image, shape)
+        x = torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
         x = x.permute(2, 0, 1).div(127.5).sub(1).to(device)
         batch = torch.stack([x, x.flip(-1)] if flip else [x])
         posterior = vae.encode(batch.to(vae.dtype)).latent_dist
         posteriors.append((posterior.mean.float(), posterior.std.float()))
-    bad = [p.name for p, (m, s) in zip(pairs, posteriors) if not (torch.isfinite(m).all() and torch.isfinite(s).all())]
-    if bad:
-        raise DataError("encoding", [f"{name}: the VAE's encoding of it is not finite" for name in bad])
-    scale = vae.config.scaling_factor
+        weights.append(None)
+        if pair.open_mask and mask_weight < 1:
+            weight = loss_weight(pair.open_mask(), shape, posterior.mean.shape[-2:], mask_weight).to(device)
+            weights[-1] = torch.stack([weight, weight.flip(-1)] if flip else [weight])
+    problems = [
+        f"{pair.name}: the VAE's encoding of it is not finite"
+        for pair, (mean, std) in zip(pairs, posteriors)
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all())
+    ]
+    problems += [
+        f"{pair.name}: all that is left of it after cropping is masked; change the mask, or raise mask_weight"
+        for pair, weight in zip(pairs, weights)
+        if weight is not None and not torch.isfinite(weight).all()
+    ]
+    if problems:
+        raise DataError("encoding", problems)
     texts = [f"{trigger_words} {p.caption}".strip() for p in pairs]
     return Encoded(
         [p.name for p in pairs],
-        torch.stack([m for m, _ in posteriors]) * scale,
-        torch.stack([s for _, s in posteriors]) * scale,
+        _group_by_shape(posteriors, weights, vae.config.scaling_factor),
         encode_text(texts, tokenizer, text_encoder),
         encode_text([""], tokenizer, text_encoder),
     )
+
+
+def _group_by_shape(
+    posteriors: list[tuple[torch.Tensor, torch.Tensor]], weights: list[torch.Tensor | None], scale: float
+) -> list[Bucket]:
+    """Buckets of the images' means, standard deviations and loss weights, in the order of their first images."""
+    by_shape: dict[tuple, list[int]] = {}
+    for i, (mean, _) in enumerate(posteriors):
+        by_shape.setdefault(tuple(mean.shape), []).append(i)
+    buckets = []
+    for images in by_shape.values():
+        mean, std = (torch.stack(part) * scale for part in zip(*(posteriors[i] for i in images)))
+        own, weight = [weights[i] for i in images], None
+        if any(w is not None for w in own):
+            weight = torch.stack([torch.ones_like(mean[0][:, :1]) if w is None else w for w in own])
+        buckets.append(Bucket(torch.tensor(images), mean, std, weight))
+    return buckets
 
 
 @torch.no_grad()

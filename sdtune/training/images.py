@@ -102,6 +102,6 @@ def _convert_to_srgb(image: Image.Image) -> Image.Image:
     return converted
 
 
-def crop_to_square(image: Image.Image, side: int) -> Image.Image:
-    """The largest square in the middle of an image, resized to side x side pixels."""
-    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+def crop_to_shape(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    """The largest part in the middle of an image with the aspect ratio of `shape`, resized to it: width and height."""
+    return ImageOps.fit(image, shape, Image.Resampling.LANCZOS)

@@ -10,7 +10,9 @@ from torch.overrides import TorchFunctionMode
 from .encoding import Encoded
 
 
-def training_loss(unet, scheduler, latents, noise, timesteps, states, min_snr_gamma: float = 0.0) -> torch.Tensor:
+def training_loss(
+    unet, scheduler, latents, noise, timesteps, states, min_snr_gamma: float = 0.0, weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """The denoising loss of each image, (B,): the mean squared error of the predicted noise, or velocity.
 
     Args:
@@ -18,12 +20,14 @@ def training_loss(unet, scheduler, latents, noise, timesteps, states, min_snr_ga
         timesteps: (B,).
         states: encoded captions, (B, tokens, width).
         min_snr_gamma: each image is weighted by min(SNR, gamma) / SNR (arXiv 2303.09556); 0 means no weights.
+        weight: how much each place counts, on average 1 for each image, (B, 1, h, w); None is 1 everywhere.
     """
     noisy = scheduler.add_noise(latents, noise, timesteps)
     predicts_velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if predicts_velocity else noise
     predicted = unet(noisy.to(states.dtype), timesteps, states, return_dict=False)[0]
-    loss = (predicted.float() - target.float()).pow(2).mean((1, 2, 3))
+    error = (predicted.float() - target.float()).pow(2)
+    loss = (error if weight is None else error * weight).mean((1, 2, 3))
     if min_snr_gamma:
         snr = compute_snr(scheduler, timesteps)
         loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1 if predicts_velocity else snr)
@@ -32,18 +36,22 @@ def training_loss(unet, scheduler, latents, noise, timesteps, states, min_snr_ga
 
 @torch.no_grad()
 def denoising_errors(unet, scheduler, encoded: Encoded, noises: int = 1) -> torch.Tensor:
-    """The unweighted loss of each image, not mirrored, (n,), on the CPU: the held-out loss of a run.
+    """The loss of each image without min-SNR weights, not mirrored, (n,), on the CPU: the held-out loss of a run.
 
     It is the mean over 8 fixed timesteps and `noises` fixed draws of noise, so that two calls can be compared.
     """
-    latents, device, total = encoded.mean[:, 0], encoded.mean.device, torch.zeros(len(encoded.names))
-    for seed in range(noises):
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        for t in range(60, 1000, 125):
-            for part in torch.arange(len(latents)).split(64):
-                timesteps = torch.full((len(part),), t, device=device)
-                loss = training_loss(unet, scheduler, latents[part], noise[part], timesteps, encoded.text[part])
-                total[part] += loss.cpu() / (8 * noises)
+    total = torch.zeros(len(encoded.names))
+    for bucket in encoded.buckets:
+        latents, device = bucket.mean[:, 0], bucket.mean.device
+        for seed in range(noises):
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+            for t in range(60, 1000, 125):
+                for part in torch.arange(len(latents)).split(64):
+                    images, timesteps = bucket.images[part], torch.full((len(part),), t, device=device)
+                    weight = None if bucket.weight is None else bucket.weight[part, 0]
+                    given = latents[part], noise[part], timesteps, encoded.text[images]
+                    loss = training_loss(unet, scheduler, *given, weight=weight)
+                    total[images] += loss.cpu() / (8 * noises)
     return total
 
 

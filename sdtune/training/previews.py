@@ -23,16 +23,16 @@ class Previews:
         true_images: the image that belongs to each prompt, for comparison; empty if there are none.
         guidance: guidance scale.
         steps: sampling steps.
-        side: of the images, in pixels.
+        shapes: width and height of the image of each prompt, in pixels.
     """
 
     def __init__(
         self, pipe, adapter_name: str, accelerator: Accelerator, prompts: list[str], true_images: list[Image.Image],
-        *, guidance: float, steps: int, side: int,
+        *, guidance: float, steps: int, shapes: list[tuple[int, int]],
     ):  # fmt: skip
         self.pipe, self.adapter_name, self.accelerator = pipe, adapter_name, accelerator
         self.prompts, self.true_images = prompts, true_images
-        self.guidance, self.steps, self.side = guidance, steps, side
+        self.guidance, self.steps, self.shapes = guidance, steps, shapes
         self.base_images: list[Image.Image] = []  # drawn once, for the first grid
 
     def draw_grid(self, path: Path, title: str) -> list[Image.Image]:
@@ -81,9 +81,12 @@ class Previews:
 
     def _draw(self, pipe, adapters: dict[str, float], count: int | None = None) -> list[Image.Image]:
         """The images of the first `count` prompts, or of all."""
-        cells = [compare.Cell(p, i, adapters, self.guidance) for i, p in enumerate(self.prompts[:count])]
+        cells = [
+            compare.Cell(prompt, i, adapters, self.guidance, width=width, height=height)
+            for i, (prompt, (width, height)) in enumerate(zip(self.prompts[:count], self.shapes))
+        ]
         with self.accelerator.autocast():
-            return compare.draw_cells(pipe, cells, steps=self.steps, size=self.side, title="preview")
+            return compare.draw_cells(pipe, cells, steps=self.steps, title="preview")
 
 
 @contextmanager

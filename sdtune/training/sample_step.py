@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .buckets import choose_turn, mix_seed
 from .config import TrainConfig
 from .encoding import Encoded
 
@@ -16,7 +17,9 @@ from .encoding import Encoded
 class StepSample:
     """The random choices of one optimizer step, for all processes together; B is the sum of their batch sizes."""
 
-    image: torch.Tensor  # the number of the image, (B,)
+    bucket: int  # in which all images are
+    image: torch.Tensor  # the number of the image in the data set, (B,)
+    place: torch.Tensor  # of the image in its bucket, (B,)
     flip: torch.Tensor  # 1 where the mirror image is taken, else 0, (B,)
     drop_caption: torch.Tensor  # whether the caption is replaced by the empty one, (B,)
     timestep: torch.Tensor  # (B,)
@@ -27,7 +30,8 @@ class StepSample:
 def sample_step(config: TrainConfig, step: int, size: int, encoded: Encoded, timesteps: int) -> StepSample:
     """The random choices of a step.
 
-    Images come in shuffled epochs, each image once an epoch. Timesteps are stratified: one from each of `size` equal
+    The images of a step are of one bucket, whose turn it is (`choose_turn`); the images of a bucket come in shuffled
+    epochs, each image once an epoch. Timesteps are stratified: one from each of `size` equal
     parts of the range, in random order.
 
     Args:
@@ -35,28 +39,26 @@ def sample_step(config: TrainConfig, step: int, size: int, encoded: Encoded, tim
         size: images in the step.
         timesteps: of the noise schedule.
     """
-    count, flips, *shape = encoded.mean.shape
-    images = []
-    for position in range(step * size, (step + 1) * size):
+    bucket, turn = choose_turn([len(b.images) for b in encoded.buckets], config.seed, step)
+    count, flips, *shape = encoded.buckets[bucket].mean.shape
+    places, stream = [], 1 if bucket == 0 else 1000 + bucket
+    for position in range(turn * size, (turn + 1) * size):
         epoch, within = divmod(position, count)
-        if not images or within == 0:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(config.seed, epoch, 1)))
-        images.append(order[within])
+        if not places or within == 0:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(config.seed, epoch, stream)))
+        places.append(order[within])
     generator = torch.Generator().manual_seed(mix_seed(config.seed, step, 2))
     fraction = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
     noise = torch.randn(size, *shape, generator=generator)
     if config.noise_offset:
         noise += config.noise_offset * torch.randn(size, shape[0], 1, 1, generator=generator)
     return StepSample(
-        image=torch.stack(images),
+        bucket=bucket,
+        image=encoded.buckets[bucket].images[torch.stack(places)],
+        place=torch.stack(places),
         flip=torch.randint(0, flips, (size,), generator=generator),
         drop_caption=torch.rand(size, generator=generator) < config.caption_dropout,
         timestep=(fraction * timesteps).long().clamp(max=timesteps - 1),
         noise=noise,
         posterior_noise=torch.randn(size, *shape, generator=generator),
     )
-
-
-def mix_seed(seed: int, number: int, stream: int) -> int:
-    """One seed for torch from three numbers, without the collisions of a plain sum."""
-    return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**63

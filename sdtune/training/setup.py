@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -15,23 +16,27 @@ from ..adapters import tuner_file
 from ..bases import properties
 from ..tuners.config import FULL, TunerConfig
 from . import dataset, encoding, run_folder
+from .buckets import AspectBuckets
 from .config import TrainConfig
 from .dataset import Pair
 from .encoding import Encoded
 from .errors import TrainError
+from .images import crop_to_shape
 from .loss import AttentionInFp32
 from .memory import MemorySavingHooks
 from .previews import Previews
 
 
-def read_pairs(config: TrainConfig, resolution: int, log: Callable[[str], None]) -> tuple[list[Pair], list[Pair]]:
+def read_pairs(
+    config: TrainConfig, buckets: AspectBuckets, log: Callable[[str], None]
+) -> tuple[list[Pair], list[Pair]]:
     """The training pairs and the held-out pairs.
 
     Raises:
         DataError: with every problem of the data set.
         TrainError: if `stop_when` is set and there are no held-out pairs.
     """
-    pairs, heldout = dataset.read_splits(config.data, resolution, log)
+    pairs, heldout = dataset.read_splits(config.data, buckets, log)
     if config.stop_when and not heldout:
         raise TrainError(
             f"--stop_when {config.stop_when} needs held-out pictures, and {config.data} has none; move some pairs, for "
@@ -41,7 +46,7 @@ def read_pairs(config: TrainConfig, resolution: int, log: Callable[[str], None])
 
 
 def encode_pairs(
-    config: TrainConfig, pipe, pairs: list[Pair], heldout: list[Pair], resolution: int, device, dtype, log
+    config: TrainConfig, pipe, pairs: list[Pair], heldout: list[Pair], buckets: AspectBuckets, device, dtype, log
 ) -> tuple[Encoded, Encoded | None]:
     """All pairs, encoded on a device; of the held-out ones without mirror images, or None if there are none.
 
@@ -52,11 +57,12 @@ def encode_pairs(
         log(f"{len(long)} captions are longer than the text encoder reads and are cut: {', '.join(long[:5])}")
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
-    models = (pipe.vae, pipe.tokenizer, pipe.text_encoder, resolution)
-    encoded = encoding.encode(pairs, *models, config.flip, config.trigger_words).to(device, dtype)
+    models = (pipe.vae, pipe.tokenizer, pipe.text_encoder, buckets)
+    words, mask_weight = config.trigger_words, config.mask_weight
+    encoded = encoding.encode(pairs, *models, config.flip, words, mask_weight).to(device, dtype)
     encoded_heldout = None
     if heldout:
-        encoded_heldout = encoding.encode(heldout, *models, False, config.trigger_words).to(device, dtype)
+        encoded_heldout = encoding.encode(heldout, *models, False, words, mask_weight).to(device, dtype)
     pipe.vae.to("cpu")
     pipe.text_encoder.to("cpu")
     return encoded, encoded_heldout
@@ -92,19 +98,25 @@ def create_optimizer(config: TrainConfig, weights: torch.nn.Parameter, learning_
 
 
 def create_previews(
-    config: TrainConfig, pipe, adapter_name: str, accelerator: Accelerator, pairs: list[Pair], resolution: int
+    config: TrainConfig, pipe, adapter_name: str, accelerator: Accelerator, pairs: list[Pair], buckets: AspectBuckets
 ) -> Previews:
-    """Previews of the prompts in the settings, by default of the captions of the first four pairs."""
+    """Previews of the prompts in the settings, by default of the captions of the first four pairs in their shapes.
+
+    Prompts in the settings are drawn in the shape that most of the pairs have.
+    """
+    shapes = [buckets.shape_for(pair.size) for pair in pairs]
     prompts, true_images = config.preview_prompts, []
-    if not prompts:
+    if prompts:
+        shapes = [Counter(shapes).most_common(1)[0][0]] * len(prompts)
+    else:
         prompts = [f"{config.trigger_words} {pair.caption}".strip() for pair in pairs[:4]]
-        true_images = [pair.open() for pair in pairs[:4]]
+        true_images = [crop_to_shape(pair.open(), shape) for pair, shape in zip(pairs[:4], shapes)]
     guidance = config.guidance_scale
     if guidance is None:
         guidance = properties.default_guidance(pipe.unet)
     return Previews(
         pipe, adapter_name, accelerator, prompts, true_images,
-        guidance=guidance, steps=config.preview_steps, side=resolution,
+        guidance=guidance, steps=config.preview_steps, shapes=shapes,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from ..kernels.cuda import graphs
 from ..tuners.config import TunerConfig
 from . import checkpoints, run_folder, setup
 from .accelerator import create_accelerator
+from .buckets import AspectBuckets
 from .checkpoints import CheckpointState
 from .config import TrainConfig
 from .errors import TrainError
@@ -68,13 +69,13 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, tuner: TunerConfig, folder: run_folder.RunFolder | None = None):
         self.config, self.tuner, self.folder = config, tuner, folder or run_folder.RunFolder()
-        resolution = config.resolution or load.native_resolution(config.base)
+        buckets = AspectBuckets(config.resolution or load.native_resolution(config.base), config.square)
         self.accelerator = accelerator = create_accelerator(config)
         self.is_main, device = accelerator.is_main_process, accelerator.device
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
         # data
-        pairs, heldout = setup.read_pairs(config, resolution, self._print)
+        pairs, heldout = setup.read_pairs(config, buckets, self._print)
         self.output, checkpoint = self.folder.claim(config, accelerator, self._print)
         accelerator.project_configuration.set_directories(str(self.output))
         self._print(f"{len(pairs)} pairs from {config.data}" + (f", {len(heldout)} held out" if heldout else ""))
@@ -89,7 +90,7 @@ class Trainer:
         for model in (pipe.vae, pipe.text_encoder, pipe.unet):
             model.requires_grad_(False).eval()
         self.encoded, encoded_heldout = setup.encode_pairs(
-            config, pipe, pairs, heldout, resolution, device, dtype, self._print
+            config, pipe, pairs, heldout, buckets, device, dtype, self._print
         )
 
         # the tuner in its UNet
@@ -108,9 +109,9 @@ class Trainer:
         optimizer, self.lr_scheduler = setup.create_optimizer(config, self.weights.vector, learning_rate)
         self.optimizer = accelerator.prepare(optimizer)
         accelerator.register_for_checkpointing(self.lr_scheduler)
-        self.previews = setup.create_previews(config, pipe, ADAPTER_NAME, accelerator, heldout or pairs, resolution)
+        self.previews = setup.create_previews(config, pipe, ADAPTER_NAME, accelerator, heldout or pairs, buckets)
         self.heldout = HeldOutLoss(unet, self.scheduler, encoded_heldout, keep_best=bool(config.stop_when))
-        self.settings = setup.collect_settings(config, resolution, learning_rate, accelerator)
+        self.settings = setup.collect_settings(config, buckets.resolution, learning_rate, accelerator)
 
         # progress
         self.done, self.kept_step, self.losses = 0, 0, []
@@ -172,26 +173,29 @@ class Trainer:
         size, count = config.batch_size, config.gradient_accumulation_steps
         timesteps = self.scheduler.config.num_train_timesteps
         sample = sample_step(config, step, processes * size * count, encoded, timesteps)
-        batches = []
+        bucket, batches = encoded.buckets[sample.bucket], []
+        tensors = {name: x for name, x in vars(sample).items() if name != "bucket"}
         for i in range(count):
             first = (i * processes + self.accelerator.process_index) * size
-            own = {name: self._to_device(x[first : first + size]) for name, x in vars(sample).items()}
-            image, flip = own["image"], own["flip"]
-            latents = encoded.mean[image, flip] + encoded.std[image, flip] * own["posterior_noise"]
-            states = torch.where(own["drop_caption"][:, None, None], encoded.empty, encoded.text[image])
+            own = {name: self._to_device(x[first : first + size]) for name, x in tensors.items()}
+            place, flip = own["place"], own["flip"]
+            latents = bucket.mean[place, flip] + bucket.std[place, flip] * own["posterior_noise"]
+            states = torch.where(own["drop_caption"][:, None, None], encoded.empty, encoded.text[own["image"]])
             batches.append(dict(latents=latents, noise=own["noise"], timesteps=own["timestep"], states=states))
+            if bucket.weight is not None:
+                batches[-1]["weight"] = bucket.weight[place, flip]
         return sample.image, batches
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         device = self.accelerator.device
         return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
-    def _compute_gradients(self, latents, noise, timesteps, states) -> torch.Tensor:
+    def _compute_gradients(self, latents, noise, timesteps, states, weight=None) -> torch.Tensor:
         """The loss of each image of a batch, (B,); adds the gradient of their mean to `self.weights.vector.grad`."""
         self.weights.copy_to_model()
         with self.attention_precision(), self.saved_tensor_hooks:
             losses = training_loss(
-                self.unet, self.scheduler, latents, noise, timesteps, states, self.config.min_snr_gamma
+                self.unet, self.scheduler, latents, noise, timesteps, states, self.config.min_snr_gamma, weight
             )
             self.accelerator.backward(losses.mean() / self.config.gradient_accumulation_steps)
         self.weights.collect_gradients()

@@ -114,17 +114,18 @@ def test_layers_that_the_base_lacks_are_told_with_their_number_and_names(pipe, b
 def test_a_picture_that_is_not_finite_stays_in_its_own_column_and_is_said_there(pipe, files):
     sdtune.load_tuner(pipe, files / "lora" / "pytorch_lora_weights.safetensors", "bad")
     next(p for n, p in pipe.unet.named_parameters() if "lora_B.bad" in n).data[:] = float("nan")
+    options = dict(steps=1, width=64, height=64, guidance=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        drawn = sdtune.compare(pipe, "a cat", {"base": {}, "bad": {"bad": 1.0}}, steps=1, size=64, guidance=1)
+        drawn = sdtune.compare(pipe, "a cat", {"base": {}, "bad": {"bad": 1.0}}, **options)
     assert any("the picture of bad at 1 from seed 0 is not finite" in str(w.message) for w in caught)
     pipe.delete_adapters("bad")
-    (alone,) = sdtune.compare(pipe, "a cat", {"base": {}}, steps=1, size=64, guidance=1)["base"]
+    (alone,) = sdtune.compare(pipe, "a cat", {"base": {}}, **options)["base"]
     assert list(drawn["base"][0].getdata()) == list(alone.getdata())
 
 
 def test_odd_arguments_of_compare_are_all_named(pipe):
-    with pytest.raises(ValueError, match="steps is 0.*size is 65.*prompt is 3.*seed is -1.*guidance is nan"):
-        compare.draw_cells(pipe, [compare.Cell(3, -1, {}, float("nan"))], steps=0, size=65)
+    with pytest.raises(ValueError, match="steps is 0.*prompt is 3.*width is 65.*seed is -1.*guidance is nan"):
+        compare.draw_cells(pipe, [compare.Cell(3, -1, {}, float("nan"), width=65)], steps=0)
     with pytest.raises(ValueError, match="columns is {}"):
         sdtune.compare(pipe, "a", {})

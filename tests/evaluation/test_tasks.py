@@ -7,6 +7,7 @@ from PIL import Image
 
 from sdtune.evaluation.tasks import read_task
 from sdtune.training import dataset
+from sdtune.training.buckets import AspectBuckets
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def test_both_prepared_tasks_hold_out_the_same_concepts(tmp_path, monkeypatch):
     folders = script.write(tmp_path, train=3, test=5)
     things = []
     for folder in folders:
-        read = [dataset.read_pairs(folder, 256, split) for split in ("train", "test")]
+        read = [dataset.read_pairs(folder, AspectBuckets(256), split) for split in ("train", "test")]
         assert [len(pairs) for pairs in read] == [3, 5]
         things.append([p.caption.split(" of ")[1] for pairs in read for p in pairs])
     assert things[0] == things[1] and len(set(things[0])) == 8

@@ -10,6 +10,7 @@ from sdtune.inference import grids
 from sdtune.page.samplers import SAMPLERS
 
 PROMPT = "a girl with silver hair, in anime style"
+SMALL = dict(width=64, height=64)
 assert ANIME.exists()
 
 
@@ -46,7 +47,7 @@ def alone(pipe, cell, steps):
 def test_columns_that_share_passes_are_the_pictures_that_separate_calls_draw(loaded):
     columns = {"base": {}, "tuner": {"tuner": 1.0}, "lora": {"lora": 0.8}, "mix": {"tuner": 0.5, "lora": 0.5}}
     seen = passes(loaded)
-    drawn = sdtune.compare(loaded, PROMPT, columns, seed=3, images=2, steps=3, size=64, guidance=4.0)
+    drawn = sdtune.compare(loaded, PROMPT, columns, seed=3, images=2, steps=3, guidance=4.0, **SMALL)
     assert seen == [16] * len(loaded.scheduler.timesteps)  # 4 columns, 2 pictures, with and without the prompt
     for title, adapters in columns.items():
         for i, picture in enumerate(drawn[title]):
@@ -57,11 +58,11 @@ def test_columns_that_share_passes_are_the_pictures_that_separate_calls_draw(loa
 
 def test_prompts_seeds_and_guidance_may_differ_from_cell_to_cell(loaded):
     cells = [
-        sdtune.Cell(PROMPT, 0, {"tuner": 1.0}, 4.0), sdtune.Cell("a cat", 1, {}, 4.0, "blue"),
-        sdtune.Cell("a cat", 1, {"tuner": -0.5}, 1.0), sdtune.Cell("a dog", 2, {"lora": 1.0}, 1.0),
+        sdtune.Cell(PROMPT, 0, {"tuner": 1.0}, 4.0, **SMALL), sdtune.Cell("a cat", 1, {}, 4.0, "blue", **SMALL),
+        sdtune.Cell("a cat", 1, {"tuner": -0.5}, 1.0, **SMALL), sdtune.Cell("a dog", 2, {"lora": 1.0}, 1.0, **SMALL),
     ]  # fmt: skip
     seen = passes(loaded)
-    drawn = sdtune.draw_cells(loaded, cells, steps=2, size=64)
+    drawn = sdtune.draw_cells(loaded, cells, steps=2)
     assert len(seen) == 2 * len(loaded.scheduler.timesteps)
     for picture, cell in zip(drawn, cells):
         if not cell.negative_prompt:
@@ -81,7 +82,7 @@ def test_the_pipe_is_left_as_it_was_also_when_the_drawing_is_stopped(loaded):
             raise Stop
 
     with pytest.raises(Stop):
-        sdtune.compare(loaded, PROMPT, {"base": {}, "both": {"tuner": 1, "lora": 1}}, steps=3, size=64, on_step=stop)
+        sdtune.compare(loaded, PROMPT, {"base": {}, "both": {"tuner": 1, "lora": 1}}, steps=3, on_step=stop, **SMALL)
     assert loaded.get_active_adapters() == ["lora"]
     after = by_itself(loaded, PROMPT, 0, 2)
     assert grids.mean_difference(before, after) == 0
@@ -91,8 +92,8 @@ def test_an_adapter_that_cannot_share_a_pass_gets_its_own(pipe):
     sdtune.add_tuner(pipe, sdtune.TunerConfig(kind="dora"), "dora")
     for key, p in tuner_parameters(pipe, "dora").items():
         p.data += 0.1 if "lora_B" in key else 0
-    cells = [sdtune.Cell(PROMPT, 0), sdtune.Cell(PROMPT, 0, {"dora": 1.0}), sdtune.Cell(PROMPT, 0, {"dora": 0.5})]
-    drawn = sdtune.draw_cells(pipe, cells, steps=2, size=64)
+    cells = [sdtune.Cell(PROMPT, 0, mix, **SMALL) for mix in ({}, {"dora": 1.0}, {"dora": 0.5})]
+    drawn = sdtune.draw_cells(pipe, cells, steps=2)
     for picture, cell in zip(drawn, cells):
         assert grids.mean_difference(picture, alone(pipe, cell, 2)) < 0.5
 
@@ -109,7 +110,7 @@ def test_every_sampler_of_the_page_draws_side_by_side_what_it_draws_alone(loaded
     loaded.scheduler, seen = kind.from_config(loaded.scheduler.config, **options), []
     columns = {"base": {}, "tuner": {"tuner": 1.0}}
     drawn = sdtune.compare(
-        loaded, PROMPT, columns, steps=3, size=64, on_step=lambda done, all: seen.append((done, all))
+        loaded, PROMPT, columns, steps=3, on_step=lambda done, all: seen.append((done, all)), **SMALL
     )
     for title, adapters in columns.items():
         expected = alone(loaded, sdtune.Cell(PROMPT, 0, adapters), 3)

@@ -15,7 +15,7 @@ def test_missing_captions_and_small_images_are_reported_before_a_training(backen
     problems, _ = backend.datasets.check(uploaded, ["a red square", "", "a dot"])
     assert len(problems) == 2 and "small.png: has no caption yet" in problems[0] and "tiny.png" in problems[1]
 
-    large_enough = UploadedImages(uploaded.folder, uploaded.pairs[:2], [], [])
+    large_enough = UploadedImages(uploaded.folder, uploaded.pairs[:2], [], [], [])
     problems, notes = backend.datasets.check(large_enough, ["a red square " * 50, "another"])
     assert not problems and any("good.png" in note and "text encoder" in note for note in notes)
     assert any("small.png" in note and "enlarged" in note for note in notes)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_folders import (
+    BUCKETS,
     RED,
     SIDE,
     assert_only_problem,
@@ -40,7 +41,7 @@ def test_every_problem_is_listed_at_once_by_file_name(tmp_path):
     (tmp_path / "none.txt").unlink()
     write_caption(tmp_path / "twice.caption")
     write_caption(tmp_path / "lonely.txt")
-    write_image(tmp_path / "tiny.png", (7, 30))
+    write_image(tmp_path / "tiny.png", (3, 12))
     write_caption(tmp_path / "tiny.txt")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
     (tmp_path / "void.jpg").touch()
@@ -51,7 +52,7 @@ def test_every_problem_is_listed_at_once_by_file_name(tmp_path):
     found = read_problems(tmp_path)
     wanted = {
         "none.png": "none.txt", "empty.png": "empty one", "twice.caption, twice.txt": "keep one",
-        "lonely.txt": "without an image", "tiny.png": "7 x 30", "cut.png": "damaged", "void.jpg": "empty",
+        "lonely.txt": "without an image", "tiny.png": "3 x 12", "cut.png": "damaged", "void.jpg": "empty",
         "phone.heic": "PNG", "void.txt": "UTF-8",
     }  # fmt: skip
     assert len(found) == len(wanted)
@@ -71,7 +72,7 @@ def test_train_and_test_folders_are_splits(tmp_path):
 def test_without_a_test_split_nothing_is_held_out(tmp_path):
     write_image(tmp_path / "a.png")
     write_caption(tmp_path / "a.txt")
-    assert dataset.read_pairs(tmp_path, SIDE, "test") == []
+    assert dataset.read_pairs(tmp_path, BUCKETS, "test") == []
 
 
 def test_images_in_a_test_folder_among_the_others_are_not_trained_on(tmp_path):
@@ -265,12 +266,15 @@ def test_pairs_of_a_hub_data_set(hub, tmp_path):
         {"image": {"bytes": None, "path": str(path)}, "caption": "two"},
     ])  # fmt: skip
     lines = []
-    found = dataset.read_pairs("owner/name", SIDE, log=lines.append)
+    found = dataset.read_pairs("owner/name", BUCKETS, log=lines.append)
     assert [(p.name, p.caption) for p in found] == [("row 0", "one"), ("row 1", "two")]
     assert all(p.open().getpixel((0, 0)) == RED for p in found)
-    assert "not square" in lines[0]
-    assert lines[1:] == ["1 images are copies of others, or nearly: row 1 = row 0"]
-    assert dataset.read_pairs("owner/name", SIDE, "test") == []
+    assert lines[:2] == [
+        "2 images are cropped by more than 10 %: row 0 (50% of it), row 1 (50% of it)",
+        "shapes in px: 2 of 8 x 32; at worst 50.0% of a picture is cropped (row 0)",
+    ]
+    assert lines[2:] == ["1 images are copies of others, or nearly: row 1 = row 0"]
+    assert dataset.read_pairs("owner/name", BUCKETS, "test") == []
 
 
 def test_hub_problems_are_listed_at_once(hub, tmp_path):
@@ -304,7 +308,7 @@ def test_copies_of_images_are_told_within_and_between_train_and_test(tmp_path):
     write_image(tmp_path / "train/d.png", color=(1, 2, 3))
     write_caption(tmp_path / "train/d.txt")
     lines = []
-    dataset.read_splits(tmp_path, SIDE, lines.append)
+    dataset.read_splits(tmp_path, BUCKETS, lines.append)
     assert "1 images are copies of others, or nearly: b.bmp = a.png" in lines
     assert any(line.startswith("1 of 1 held-out images are copies") and "c.png = a.png" in line for line in lines)
 

@@ -9,7 +9,10 @@ from image_folders import SIDE
 from PIL import Image
 
 from sdtune.training import dataset, encoding
+from sdtune.training.buckets import AspectBuckets
 from sdtune.training.errors import DataError
+
+SQUARES = AspectBuckets(SIDE)
 
 
 class Tokenizer:
@@ -45,28 +48,30 @@ def models():
 def make_noise_pairs(captions) -> list[dataset.Pair]:
     images = np.random.default_rng(0).integers(0, 255, (len(captions), SIDE, SIDE, 3), np.uint8)
     return [
-        dataset.Pair(f"{i}.png", c, lambda x=x: Image.fromarray(x)) for i, (c, x) in enumerate(zip(captions, images))
+        dataset.Pair(f"{i}.png", c, lambda x=x: Image.fromarray(x), (SIDE, SIDE))
+        for i, (c, x) in enumerate(zip(captions, images))
     ]
 
 
 def test_encode_gives_scaled_moments_of_the_image_and_its_mirror_image(models):
     vae, tokenizer, encoder = models
     found = make_noise_pairs(["a", "b", "c"])
-    encoded = encoding.encode(found, vae, tokenizer, encoder, SIDE, flip=True)
+    encoded = encoding.encode(found, vae, tokenizer, encoder, SQUARES, flip=True)
+    (bucket,) = encoded.buckets
     assert encoded.names == ["0.png", "1.png", "2.png"]
-    assert encoded.mean.shape == encoded.std.shape == (3, 2, 4, 8, 8)
+    assert bucket.mean.shape == bucket.std.shape == (3, 2, 4, 8, 8)
     assert encoded.text.shape == (3, 12, 8) and encoded.empty.shape == (1, 12, 8)
-    assert not any(x.requires_grad for x in (encoded.mean, encoded.std, encoded.text, encoded.empty))
+    assert not any(x.requires_grad for x in (bucket.mean, bucket.std, encoded.text, encoded.empty))
     for i, pair in enumerate(found):
         x = torch.from_numpy(np.array(pair.open())).permute(2, 0, 1)[None] / 127.5 - 1
         for j, one in enumerate((x, x.flip(-1))):
             with torch.no_grad():
                 wanted = vae.encode(one).latent_dist
-            torch.testing.assert_close(encoded.mean[i, j], wanted.mean[0] * 0.5)
-            torch.testing.assert_close(encoded.std[i, j], wanted.std[0] * 0.5)
-    once = encoding.encode(found, vae, tokenizer, encoder, SIDE)
-    torch.testing.assert_close(once.mean, encoded.mean[:, :1])
-    assert torch.equal(once.mean, encoding.encode(found, vae, tokenizer, encoder, SIDE).mean)
+            torch.testing.assert_close(bucket.mean[i, j], wanted.mean[0] * 0.5)
+            torch.testing.assert_close(bucket.std[i, j], wanted.std[0] * 0.5)
+    once, again = (encoding.encode(found, vae, tokenizer, encoder, SQUARES).buckets[0] for _ in range(2))
+    torch.testing.assert_close(once.mean, bucket.mean[:, :1])
+    assert torch.equal(once.mean, again.mean)
 
 
 def test_encode_puts_trigger_words_before_each_caption_and_encodes_each_once(models):
@@ -79,7 +84,7 @@ def test_encode_puts_trigger_words_before_each_caption_and_encodes_each_once(mod
     hook = encoder.register_forward_pre_hook(watch)
     try:
         encoded = encoding.encode(
-            make_noise_pairs(["cat", "dog", "cat"]), vae, tokenizer, encoder, SIDE, trigger_words="sks"
+            make_noise_pairs(["cat", "dog", "cat"]), vae, tokenizer, encoder, SQUARES, trigger_words="sks"
         )
     finally:
         hook.remove()
@@ -110,16 +115,16 @@ def test_encodings_that_are_not_finite_are_named(models):
             return SimpleNamespace(latent_dist=SimpleNamespace(mean=x + dark, std=x.abs()))
 
     found = make_noise_pairs(["a", "b", "c"])
-    found[1] = dataset.Pair("black.png", "b", lambda: Image.new("RGB", (SIDE, SIDE)))
+    found[1] = dataset.Pair("black.png", "b", lambda: Image.new("RGB", (SIDE, SIDE)), (SIDE, SIDE))
     with pytest.raises(DataError, match="black.png") as caught:
-        encoding.encode(found, Vae(), tokenizer, encoder, SIDE, flip=True)
+        encoding.encode(found, Vae(), tokenizer, encoder, SQUARES, flip=True)
     assert len(caught.value.problems) == 1
 
 
 def test_encoded_moves_the_text_to_a_dtype_and_keeps_the_moments_in_fp32(models):
-    encoded = encoding.encode(make_noise_pairs(["a"]), *models, SIDE).to("cpu", torch.bfloat16)
+    encoded = encoding.encode(make_noise_pairs(["a"]), *models, SQUARES).to("cpu", torch.bfloat16)
     assert encoded.text.dtype == encoded.empty.dtype == torch.bfloat16
-    assert encoded.mean.dtype == encoded.std.dtype == torch.float32
+    assert encoded.buckets[0].mean.dtype == encoded.buckets[0].std.dtype == torch.float32
 
 
 def test_truncated_captions_names_captions_that_are_too_long():

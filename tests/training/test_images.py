@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_folders import RED, SIDE, assert_only_problem, read_image, read_notes, write_caption, write_image
+from image_folders import BUCKETS, RED, SIDE, assert_only_problem, read_image, read_notes, write_caption, write_image
 from PIL import Image, ImageCms
 
 from sdtune.training import dataset, images
@@ -24,7 +24,7 @@ def test_all_exif_orientations_give_the_same_upright_picture(tmp_path):
             name = f"{orientation}{suffix}"
             (image if how is None else image.transpose(how)).save(tmp_path / name, exif=exif, quality=100)
         write_caption(tmp_path / f"{orientation}.txt")
-    found = dataset.read_pairs(tmp_path, SIDE, log=lambda _: None)
+    found = dataset.read_pairs(tmp_path, BUCKETS, log=lambda _: None)
     assert len(found) == 32
     for pair in found:
         picture = np.asarray(pair.open()).astype(int)
@@ -66,9 +66,9 @@ def test_float_grey_is_scaled_to_8_bits(tmp_path, most):
     ("L", "a.png", 100, (100,) * 3), ("L", "a.jpg", 100, (100,) * 3), ("1", "a.png", 1, (255,) * 3),
     ("CMYK", "a.jpg", (0, 255, 255, 0), (255, 0, 0)), ("CMYK", "a.tiff", (0, 255, 255, 0), (255, 0, 0)),
     ("YCbCr", "a.jpg", (128, 128, 128), (128,) * 3), ("LAB", "a.tiff", (255, 128, 128), (255,) * 3),
-    ("RGBA", "a.png", (0, 0, 0, 0), (255,) * 3), ("RGBA", "a.png", (0, 0, 0, 255), (0,) * 3),
-    ("RGBA", "a.png", (255, 0, 0, 128), (255, 127, 127)), ("RGBA", "a.webp", (0, 0, 0, 0), (255,) * 3),
-    ("RGBA", "a.tiff", (0, 0, 0, 0), (255,) * 3), ("LA", "a.png", (0, 0), (255,) * 3),
+    ("RGBA", "a.png", (0, 0, 0, 1), (255,) * 3), ("RGBA", "a.png", (0, 0, 0, 255), (0,) * 3),
+    ("RGBA", "a.png", (255, 0, 0, 128), (255, 127, 127)), ("RGBA", "a.webp", (0, 0, 0, 1), (255,) * 3),
+    ("RGBA", "a.tiff", (0, 0, 0, 1), (255,) * 3), ("LA", "a.png", (0, 1), (255,) * 3),
     ("LA", "a.png", (100, 255), (100,) * 3), ("P", "a.png", 0, (0,) * 3),
 ])  # fmt: skip
 def test_all_modes_and_formats_become_rgb(tmp_path, mode, name, color, wanted):
@@ -93,7 +93,9 @@ def test_transparent_palettes_become_white(tmp_path, suffix, alpha):
 
 @pytest.mark.parametrize("mode, color", [("L", 7), ("RGB", (7, 8, 9))])
 def test_a_transparent_colour_becomes_white(tmp_path, mode, color):
-    write_image(tmp_path / "a.png", mode=mode, color=color, transparency=color)
+    image = Image.new(mode, (SIDE, SIDE), color)
+    image.putpixel((0, 0), 255 if mode == "L" else (255, 255, 255))
+    image.save(tmp_path / "a.png", transparency=color)
     assert (read_image(tmp_path, "a.png") == 255).all()
 
 
@@ -108,15 +110,17 @@ def test_the_first_frame_of_an_animation_is_used_and_a_note_says_so(tmp_path, su
     ]
 
 
-def test_small_images_and_images_that_are_not_square_are_noted(tmp_path):
+def test_small_images_and_what_is_cropped_of_images_are_noted(tmp_path):
     for i in range(7):
         write_image(tmp_path / f"{i}.png", (SIDE // 2, SIDE // 2 + 1))
         write_caption(tmp_path / f"{i}.txt")
-    small, oblong, copies = read_notes(tmp_path)
-    assert "7 images are smaller than 16 px" in small and "4.png and 2 more" in small
-    assert "not square" in oblong and copies.startswith("6 images are copies of others, or nearly: 1.png = 0.png")
-    write_image(tmp_path / "0.png", (SIDE // 2 - 1, 100))
-    assert_only_problem(tmp_path, "0.png", "7 x 100 is too small", "8 x 8")
+    small, cropped, shapes, copies = read_notes(tmp_path)
+    assert "7 images are too small for 16 px" in small and "4.png and 2 more" in small
+    assert cropped.startswith("7 images are cropped by more than 10 %: 0.png (11% of it)")
+    assert shapes == "shapes in px: 7 of 16 x 16; at worst 11.1% of a picture is cropped (0.png)"
+    assert copies.startswith("6 images are copies of others, or nearly: 1.png = 0.png")
+    write_image(tmp_path / "0.png", (SIDE // 2 - 1, SIDE // 2))
+    assert_only_problem(tmp_path, "0.png", "7 x 8 is too small", "8 x 8")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".bmp", ".tiff", ".avif", ".jp2", ".tga"])
@@ -152,7 +156,7 @@ def test_images_of_too_many_pixels_are_problems(tmp_path, monkeypatch):
 def test_an_image_is_read_again_at_each_open(tmp_path):
     path = write_image(tmp_path / "a.png")
     write_caption(tmp_path / "a.txt")
-    (pair,) = dataset.read_pairs(tmp_path, SIDE)
+    (pair,) = dataset.read_pairs(tmp_path, BUCKETS)
     write_image(path, color=(1, 2, 3))
     assert pair.open().getpixel((0, 0)) == pair.open().getpixel((1, 1)) == (1, 2, 3)
 
@@ -162,11 +166,11 @@ def test_open_image_takes_paths_and_images(tmp_path):
     assert images.open_image(path).getpixel((0, 0)) == images.open_image(Image.open(path)).getpixel((0, 0)) == RED
 
 
-def test_crop_to_square_takes_the_middle():
+def test_crop_to_shape_takes_the_middle():
     image = Image.new("RGB", (48, 16))
     image.paste(RED, (16, 0, 32, 16))
-    assert (np.asarray(images.crop_to_square(image, 16)) == RED).all()
-    assert images.crop_to_square(image, 5).size == (5, 5)
+    assert (np.asarray(images.crop_to_shape(image, (16, 16))) == RED).all()
+    assert images.crop_to_shape(image, (5, 9)).size == (5, 9)
 
 
 def test_colours_are_converted_from_the_embedded_profile_and_an_unusable_one_is_named(tmp_path):
@@ -203,9 +207,3 @@ def wide_profile() -> bytes:
                 text = text.replace("sRGB".encode(encoding), "wide".encode(encoding))
             content[start : start + size] = text
     return bytes(content)
-
-
-def test_an_image_that_loses_more_than_half_to_the_crop_is_named_with_the_share(tmp_path):
-    write_image(tmp_path / "wide.png", (SIDE * 4, SIDE))
-    write_caption(tmp_path / "wide.txt")
-    assert any("cut by more than half" in note and "wide.png (75% of it)" in note for note in read_notes(tmp_path))

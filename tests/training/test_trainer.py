@@ -67,7 +67,7 @@ def test_a_picture_with_a_nan_loss_is_named_and_the_last_good_weights_are_kept(p
     def encode_with_nan(given, *args):
         encoded = encode(given, *args)
         if len(given) == 5:
-            encoded.mean[3] = float("nan")
+            encoded.buckets[0].mean[3] = float("nan")
         return encoded
 
     monkeypatch.setattr(encoding, "encode", encode_with_nan)
@@ -163,10 +163,10 @@ def test_the_learning_rate_follows_warm_up_and_schedule(pairs, tmp_path, monkeyp
 def test_a_dropped_caption_is_the_empty_one(pairs, tmp_path, monkeypatch):
     seen, plain = {}, trainer.training_loss
 
-    def noted(unet, scheduler, latents, noise, timesteps, states, gamma=0.0):
+    def noted(unet, scheduler, latents, noise, timesteps, states, gamma=0.0, weight=None):
         if gamma:
             seen.setdefault(dropout, []).append(states)
-        return plain(unet, scheduler, latents, noise, timesteps, states, gamma)
+        return plain(unet, scheduler, latents, noise, timesteps, states, gamma, weight)
 
     monkeypatch.setattr(trainer, "training_loss", noted)
     for dropout in (0.0, 1.0):

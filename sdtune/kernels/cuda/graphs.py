@@ -14,22 +14,38 @@ from .. import is_enabled
 
 
 class CudaGraphed:
-    """A function on a CUDA device that runs as a CUDA graph from its second call on.
+    """A function on a CUDA device that runs as a CUDA graph from its second call with inputs of the same shapes on.
 
-    The first call is the warm-up and counts; the second one captures. If the function cannot be captured, it is called
-    as it is from then on, after a warning.
+    There is a graph for each combination of shapes. The first call of each is the warm-up and counts; the second one
+    captures. If the function cannot be captured, it is called as it is from then on, after a warning.
 
     Args:
-        function: takes tensors by name, of the same shapes at each call, and returns a tensor. Everything else that it
-            changes must stay at the same place in memory; it must not wait for the device.
+        function: takes tensors by name and returns a tensor. Everything else that it changes must stay at the same
+            place in memory; it must not wait for the device.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor]):
         self.function, self.stream = function, torch.cuda.Stream()
+        # the graphs run one after another and their results are copied at once, so they can share their memory
+        self.pool = torch.cuda.graph_pool_handle()
+        self.by_shapes: dict[tuple, _OneGraph] = {}
+
+    def __call__(self, **tensors: torch.Tensor) -> torch.Tensor:
+        shapes = tuple((name, tensor.shape) for name, tensor in tensors.items())
+        if shapes not in self.by_shapes:
+            self.by_shapes[shapes] = _OneGraph(self.function, self.stream, self.pool)
+        return self.by_shapes[shapes](tensors)
+
+
+class _OneGraph:
+    """The CUDA graph of a function for inputs of one combination of shapes."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], stream: torch.cuda.Stream, pool):
+        self.function, self.stream, self.pool = function, stream, pool
         self.inputs: dict[str, torch.Tensor] | None = None  # the captured kernels read their inputs here
         self.graph, self.can_capture = None, True
 
-    def __call__(self, **tensors: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         if self.inputs is None:
             self.inputs = {name: tensor.clone() for name, tensor in tensors.items()}
             return self._call_on_stream()
@@ -53,7 +69,7 @@ class CudaGraphed:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.result = self.function(**self.inputs)
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph could be captured, so kernels are launched one by one: {error}", stacklevel=2)
