@@ -4,9 +4,11 @@ import copy
 import http.server
 import json
 import os
-import sys
 import threading
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, because threads that wait for each other spin
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
 
 import pytest
 import torch
@@ -23,10 +25,12 @@ from sdtune.bases.properties import get_unet
 from sdtune.training import dataset
 from sdtune.training.buckets import AspectBuckets
 
-if not any("test_cuda" in argument for argument in sys.argv):  # pytest tests/test_gpu.py has the GPU for itself
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others compare what a CPU computes, often bit for bit
-
 ANIME = Path(__file__).parent.parent / "assets" / "anime"
+
+
+def pytest_configure(config):
+    if not any("test_cuda" in argument for argument in config.args):  # test_cuda.py has the GPU for itself
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others compare what a CPU computes, often bit for bit
 
 
 def stir(pipe, name: str, seed: int, size: float = 0.05) -> None:

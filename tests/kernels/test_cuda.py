@@ -1,4 +1,7 @@
-"""What holds on a GPU, where work is recorded and pictures lie otherwise: pytest tests/test_gpu.py. Else skipped."""
+"""What holds on a GPU, where work is captured in CUDA graphs and pictures lie in channels_last; skipped elsewhere.
+
+Run it with: pytest -n 0 tests/kernels/test_cuda.py
+"""
 
 import copy
 import math

@@ -102,8 +102,9 @@ def test_a_tuner_has_4_dim_rank_heads_and_dim_parameters(dim, rank, num_heads):
 
 
 @pytest.mark.parametrize(("rank", "num_heads"), [(4, 4), (2, 4), (8, 4), (8, 8), (3, 5), (17, 2)])
-def test_the_scores_are_never_materialised_on_the_cpu(rank, num_heads):
+def test_the_scores_are_never_materialised_on_the_cpu(rank, num_heads, monkeypatch):
     """No tensor of forward or backward comes near N x N; wide heads are left to PyTorch's fused kernel for the CPU."""
+    monkeypatch.setenv("SDTUNE_KERNELS", "on")  # also where the rest of the suite runs without kernels
     tokens, largest, kernels = 4096, 0, set()
 
     class Watch(TorchDispatchMode):
