@@ -18,8 +18,6 @@ def _never(*_) -> bool:
 SWITCHES = {
     "Winograd convolution": ("sdtune.kernels.cpu.winograd.is_faster", _never),
     "small-head attention": ("sdtune.kernels.cpu.attention.is_faster", _never),
-    "oneDNN linear layers": ("sdtune.kernels.layers.Linear.MIN_ROWS", math.inf),
-    "convolution as one product": ("sdtune.kernels.layers.Convolution.MAX_PIXELS", -1),
     "memory-saving hooks": ("sdtune.training.memory.MIN_BYTES", math.inf),
 }
 KERNELS = tuple(name for name in SWITCHES if name != "memory-saving hooks")  # those that SDTUNE_KERNELS=off switches

@@ -28,13 +28,3 @@ def _runs_triton(device: torch.device) -> bool:
 def has_numba() -> bool:
     """Whether Numba, which compiles the CPU kernels, is installed."""
     return find_spec("numba") is not None
-
-
-@cache
-def on_amd_cpu() -> bool:
-    """Whether this is an AMD processor (Zen), where oneDNN multiplies faster than MKL, and PyTorch has oneDNN."""
-    if not has_numba():
-        return False
-    from llvmlite import binding
-
-    return binding.get_host_cpu_name().startswith("znver") and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,16 +1,14 @@
 """Faster versions of the layers of frozen diffusers models, equal but for rounding.
 
-On a CPU in fp32 these are linear layers and 3x3 convolutions; on a GPU in half precision group norms with the SiLU
-that follows them, of pictures in channels_last, and GEGLU. In other precisions, and where weights are trained, the
-layers compute as before.
+On a CPU in fp32 these are 3x3 convolutions; on a GPU in half precision group norms with the SiLU that follows them, of
+pictures in channels_last, and GEGLU. In other precisions, and where weights are trained, the layers compute as before.
 """
 
 import torch
 from diffusers.models import activations, resnet
 from torch import nn
 
-from .cpu.linear import ConvolutionAsProduct, FrozenLinear
-from .dispatch import HALF_DTYPES, has_numba, is_traced, on_amd_cpu, on_cuda_in_half
+from .dispatch import HALF_DTYPES, has_numba, is_traced, on_cuda_in_half
 
 
 def optimize_layers(model: nn.Module) -> nn.Module:
@@ -51,40 +49,24 @@ def _is_frozen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 
 class Convolution(nn.Conv2d):
-    """A 3x3 convolution: one matrix product for few pixels with many weights, Winograd's algorithm for many pixels."""
+    """A 3x3 convolution: Winograd's algorithm where it is faster, which is for many pixels."""
 
     SETTINGS = dict(
         kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros"
     )  # fmt: skip
-    MAX_PIXELS, MIN_WEIGHTS = 64, 2**20  # of one matrix product: pixels of all pictures together, and weights
 
     def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         compute = self.faster_function(x, weight, bias) or super()._conv_forward
         return compute(x, weight, bias)
 
-    @classmethod
-    def faster_function(cls, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    @staticmethod
+    def faster_function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
         """The function that is faster than PyTorch's and saves no x for its gradient; None where there is none."""
-        if not _is_frozen(x, weight, bias) or x.dim() != 4:
-            return None
-        if x[:, 0].numel() <= cls.MAX_PIXELS and weight.numel() >= cls.MIN_WEIGHTS and on_amd_cpu():
-            return ConvolutionAsProduct.apply
-        if not has_numba():
+        if not _is_frozen(x, weight, bias) or x.dim() != 4 or not has_numba():
             return None
         from .cpu import winograd  # compiles with Numba
 
         return winograd.convolution if winograd.is_faster(x, weight) else None
-
-
-class Linear(nn.Linear):
-    """A linear layer that uses oneDNN on AMD's processors, where MKL, PyTorch's default, is slower."""
-
-    MIN_ROWS = 32  # with fewer, the overhead takes longer than the product
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() >= self.MIN_ROWS * self.in_features and _is_frozen(x, self.weight, self.bias) and on_amd_cpu():
-            return FrozenLinear.apply(x, self.weight, self.bias)
-        return super().forward(x)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -142,7 +124,6 @@ class GEGLU(activations.GEGLU):
 
 FASTER_LAYERS = {
     nn.Conv2d: Convolution,
-    nn.Linear: Linear,
     nn.GroupNorm: GroupNorm,
     resnet.ResnetBlock2D: ResnetBlock2D,
     activations.GEGLU: GEGLU,
