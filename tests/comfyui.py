@@ -48,7 +48,7 @@ def import_comfyui(folder: Path) -> types.SimpleNamespace:
 
         cli_args.args.cpu = True
         names = ("comfy.sd", "comfy.model_patcher", "comfy.supported_models", "comfy.utils", "folder_paths", "nodes",
-                 "comfy.ldm.modules.attention")  # fmt: skip
+                 "comfy.ldm.modules.attention", "comfy.latent_formats")  # fmt: skip
         return types.SimpleNamespace(**{n.rpartition(".")[2]: importlib.import_module(n) for n in names})
     finally:
         sys.argv, sys.path = before
