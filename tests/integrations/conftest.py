@@ -1,5 +1,7 @@
 """What the tests of the integrations share: ComfyUI, its node, and the small base in it."""
 
+import asyncio
+import inspect
 import shutil
 from pathlib import Path
 
@@ -20,11 +22,18 @@ def comfyui(tmp_path_factory):
     found.folder = folder
     node = folder / "custom_nodes" / "comfyui-sdtune"
     shutil.copytree(ROOT / "sdtune/integrations/comfyui", node)
-    assert found.nodes.load_custom_node(str(node))
+    loaded = found.nodes.load_custom_node(str(node))
+    assert asyncio.run(loaded) if inspect.isawaitable(loaded) else loaded
     return found
 
 
 @pytest.fixture(scope="session")
-def model(comfyui, base):
-    """The small base's UNet in ComfyUI."""
+def loaded_model(comfyui, base):
     return helpers.comfyui_model(comfyui, base.unet)
+
+
+@pytest.fixture
+def model(comfyui, loaded_model):
+    """The small base's UNet in ComfyUI, which at the end of a test forgets that it has drawn with it."""
+    yield loaded_model
+    comfyui.model_management.unload_all_models()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -269,6 +270,7 @@ print(sdtune.__file__, (tuned - without).norm().item() > 0, words)
 """
 
 
+@pytest.mark.skipif("COMFYUI" in os.environ, reason="newer ComfyUIs need more themselves")
 def test_the_copied_folder_needs_torch_and_safetensors_alone(comfyui, base, tmp_path):
     shutil.copytree(ROOT / "sdtune/integrations/comfyui", tmp_path / "comfyui-sdtune")
     shutil.copytree(ROOT / "sdtune", tmp_path / "comfyui-sdtune" / "sdtune")
