@@ -33,6 +33,7 @@ def export_to_kohya(source: str | Path, target: str | Path | None = None) -> Pat
             f"{source} holds a {file.config.kind}, for which kohya's format has no keys; use sdtune's node for ComfyUI "
             "or its extension for Forge, in sdtune/integrations"
         )
+    tuner_file.check_family(file, {}, source)
     magnitude = ".lora_magnitude_vector"
     tensors = tuner_file.kohya_tensors({k: t for k, t in file.tensors.items() if not k.endswith(magnitude)})
     for key, tensor in file.tensors.items():

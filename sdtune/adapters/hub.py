@@ -38,6 +38,7 @@ def push_to_hub(
     folder, api = Path(folder), HfApi(token=token)
     path = tuner_file.find(folder)
     file = tuner_file.load(path)
+    tuner_file.check_family(file, {}, path)  # the card and the names are those of Stable Diffusion
     file.license = license or file.license
     with tempfile.TemporaryDirectory() as staging:
         prepare_files(folder, path, file, Path(staging), repo)

@@ -16,6 +16,7 @@ from transformers import (
 
 import sdtune
 from sdtune.adapters import api, tuner_file
+from sdtune.adapters.export import export_to_kohya
 from sdtune.tuners.config import ALL_KINDS
 
 SMALL = dict(
@@ -193,3 +194,12 @@ def test_adapter_and_ssf_start_as_the_base_on_a_unet_too(pipe, kind):
 def test_what_is_for_vision_models_alone_is_refused_on_a_unet(base, kind):
     with pytest.raises(ValueError, match=f"{kind} is for vision transformers"):
         sdtune.add_tuner(base.unet, sdtune.TunerConfig(kind=kind))
+
+
+def test_what_is_for_stable_diffusion_alone_refuses_a_tuner_of_a_vision_model(tmp_path):
+    model = new_model()
+    sdtune.add_tuner(model, sdtune.TunerConfig(kind="lora"), "a")
+    file = sdtune.save_tuner(model, tmp_path, "a")
+    for call in (lambda: export_to_kohya(file), lambda: sdtune.push_to_hub(tmp_path, "owner/name")):
+        with pytest.raises(sdtune.TunerFileError, match="which is vit; this model is a Stable Diffusion UNet"):
+            call()
