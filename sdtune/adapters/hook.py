@@ -94,7 +94,7 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
         if not tuner.calls_base and not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, next(tuner.parameters()).dtype)
             output = None if output is None else self._cast_input_dtype(output, x.dtype)
-        inputs = tuple(block.__dict__.pop(INPUT_NAME) for block in self.operation.blocks)
+        inputs = tuple(block.__dict__[INPUT_NAME] for block in self.operation.blocks)
         return tuner(x, Context(self.operation.attention, text, output, inputs))
 
     def _run_per_sample(
@@ -198,6 +198,8 @@ def add_residual(op: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor 
         text = kwargs.get("encoder_hidden_states", args[position] if len(args) > position else None)
         text = text[0] if isinstance(text, tuple) else text  # an IP-Adapter passes (text, pictures)
     residual = layer(x, text, output)
+    for block in layer.operation.blocks:  # the memory is free again
+        block.__dict__.pop(INPUT_NAME, None)
     if residual is None:
         return output if prompts else None
     residual = residual.to(output.dtype)

@@ -118,6 +118,8 @@ def add_to_operations(
             setattr(op.module, CHILD_NAME, ParallelTuners(op))
         _register_hooks(op)
         layer = getattr(op.module, CHILD_NAME)
+        if op.blocks:  # a bypass beside other tuners of the last block
+            layer.operation = op
         layer.tuners[name], layer.weights[name] = tuners[path], 1.0
         layer.unet_adapters = unet.peft_config
 

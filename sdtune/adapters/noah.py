@@ -12,7 +12,7 @@ from torch import nn
 
 from ..tuners.config import TunerConfig
 from . import inject, lora
-from .operations import find_operations
+from .operations import check_classifier, find_operations
 from .peft_config import ResAttnConfig
 
 
@@ -23,8 +23,14 @@ def _parts(config: TunerConfig) -> tuple[TunerConfig, list[TunerConfig]]:
 
 
 def add_adapter(model, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
-    """Adds all parts under one name to a vision model, with one head, and activates them."""
+    """Adds all parts under one name to a vision model, with one head, and activates them.
+
+    Raises:
+        ValueError: if it is no vision model with a head.
+    """
     plain, others = _parts(config)
+    inject.check_new_name(model, name)
+    check_classifier(model, config.kind)
     operations = [_without_heads(find_operations(model, part)) for part in others]
     lora.add_adapter(model, plain, name, tensors)
     for part, ops in zip(others, operations):
@@ -39,6 +45,7 @@ def _without_heads(ops: dict) -> dict:
 
 def expected_shapes(model, config: TunerConfig, classes: int | None = None) -> dict[str, tuple[int, ...]]:
     """Every tensor of all parts and of the head: its key -> its shape."""
+    check_classifier(model, config.kind)
     plain, others = _parts(config)
     found = lora.expected_shapes(model, plain, classes)
     for part in others:

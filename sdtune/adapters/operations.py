@@ -12,7 +12,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from ..tuners.base import Tuner, Widths
-from ..tuners.config import FULL, LINEAR, NOAH, SSF, TunerConfig, build_tuner
+from ..tuners.bypass import MapBypass
+from ..tuners.config import FULL, LINEAR, SSF, TunerConfig, build_tuner
 from ..tuners.full import FullTuning
 from ..tuners.head import Head
 from ..tuners.ssf import SSF as ScaleAndShift
@@ -43,7 +44,8 @@ class Operation:
             whose result a bypass replaces; "head" for a classification head.
         module: the frozen operation itself.
         block: the transformer block that contains it, or that it is; None for a single layer.
-        blocks: all blocks of the model, for a bypass alone.
+        blocks: all blocks of the model, for a bypass alone; of a UNet the upward blocks.
+        channels: for a bypass of a UNet: of the first block's input and of all blocks' results.
         classes: number of classes of a head's replacement; None: as many as the head has.
     """
 
@@ -51,6 +53,7 @@ class Operation:
     module: nn.Module
     block: nn.Module | None = None
     blocks: tuple[nn.Module, ...] = ()
+    channels: tuple[int, ...] = ()
     classes: int | None = None
 
     def new_tuner(self, config: TunerConfig) -> Tuner:
@@ -59,6 +62,8 @@ class Operation:
             return Head(self.module, self.classes)
         if self.name == "layer":
             return (FullTuning if config.kind == FULL else ScaleAndShift)(self.module)
+        if self.channels:
+            return MapBypass(self.channels, config.length)
         return build_tuner(config, self.name, self.widths)
 
     @property
@@ -112,6 +117,15 @@ def find_heads(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_children() if n in _HEADS and isinstance(m, nn.Linear)}
 
 
+def check_classifier(model: nn.Module, kind: str) -> None:
+    """Raises ValueError, naming the kind of tuner, unless this is a vision transformer with a classification head."""
+    if not is_vision_model(model) or not find_heads(model):
+        raise ValueError(
+            f"{kind} is for vision transformers with a classification head, such as ViTForImageClassification; found "
+            f"{type(model).__name__}"
+        )
+
+
 def find_operations(model: nn.Module, config: TunerConfig, classes: int | None = None) -> dict[str, Operation]:
     """The operations that `config.ops` names, by their path in the model; for methods that change single layers all its
     layers; and the heads of a vision model, which are trained with every kind.
@@ -128,11 +142,13 @@ def find_operations(model: nn.Module, config: TunerConfig, classes: int | None =
     heads = {path: Operation("head", module, classes=classes) for path, module in find_heads(model).items()}
     blocks = {p: m for p, m in model.named_modules() if isinstance(m, BasicTransformerBlock) or _is_vision_block(m)}
     vision = any(map(_is_vision_block, blocks.values()))
-    if config.kind in (LINEAR, "bypass", NOAH) and not (vision and heads):
-        raise ValueError(
-            f"{config.kind} is for vision transformers with a classification head, such as ViTForImageClassification; "
-            f"found {type(model).__name__}"
-        )
+    if config.kind == "bypass" and hasattr(model, "up_blocks"):
+        ends = (model.mid_block, *model.up_blocks)
+        channels = tuple(block.resnets[-1].out_channels for block in ends)
+        name = f"up_blocks.{len(model.up_blocks) - 1}"
+        return {name: Operation("bypass", model.up_blocks[-1], None, tuple(model.up_blocks), channels)}
+    if config.kind in (LINEAR, "bypass"):
+        check_classifier(model, config.kind)
     if config.kind in (FULL, SSF):
         return {
             # a LoRA keeps the layer as its base_layer

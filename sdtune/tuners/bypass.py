@@ -47,6 +47,8 @@ class Bypass(Tuner):
         length: width of the bottlenecks.
     """
 
+    calls_base = True  # it needs the whole batch
+
     def __init__(self, dim: int, blocks: int, length: int = 10):
         super().__init__()
         self.blocks = nn.ModuleList(BypassBlock(dim, length) for _ in range(blocks))
@@ -58,3 +60,44 @@ class Bypass(Tuner):
         for block, result in zip(self.blocks, inputs[1:]):
             bypass = block(result, bypass)
         return bypass - inputs[-1]
+
+
+class MapBypass(Tuner):
+    """The bypass beside the upward half of a UNet, whose levels differ in channels and size.
+
+    b_0 = x_0 and b_l = λ_l T(x_l) + (1 - λ_l) T'(b_{l-1}), where x_0 is the result of the middle block and x_l that of
+    upward block l, detached; b_L is added to x_L. T is a bottleneck of 1 x 1 convolutions without a shortcut, T' one
+    from the channels of level l - 1 to those of level l, at the size of x_l (nearest pixel). The last level starts at
+    zero. This is our reading: the authors' code has bottlenecks in groups of channels, 3 x 3 convolutions between
+    levels, and a shortcut, with which a fresh bypass would not be the base. Parameters: length times twice the channels
+    of all x_l for l > 0, plus length times the channels of both ends of every T', plus biases and a factor per level.
+
+    Args:
+        channels: of x_0 to x_L.
+        length: width of the bottlenecks.
+    """
+
+    calls_base = True
+
+    def __init__(self, channels: tuple[int, ...], length: int = 10):
+        super().__init__()
+
+        def bottleneck(into: int, out: int) -> nn.ModuleDict:
+            return nn.ModuleDict({"down": nn.Conv2d(into, length, 1), "up": nn.Conv2d(length, out, 1)})
+
+        self.lateral = nn.ModuleList(bottleneck(c, c) for c in channels[1:])
+        self.vertical = nn.ModuleList(bottleneck(a, b) for a, b in zip(channels, channels[1:]))
+        self.gate = nn.Parameter(torch.zeros(len(channels) - 1))
+        for last in (self.lateral[-1], self.vertical[-1]):
+            nn.init.zeros_(last["up"].weight)
+            nn.init.zeros_(last["up"].bias)
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """context.inputs: what each upward block received, context.output: the last one's result, (B, C, H, W)."""
+        maps = [t.detach().to(self.gate.dtype) for t in (*context.inputs, context.output)]
+        bypass = maps[0]
+        for x, lateral, vertical, share in zip(maps[1:], self.lateral, self.vertical, self.gate.sigmoid()):
+            below = F.interpolate(F.gelu(vertical["down"](bypass)), x.shape[-2:], mode="nearest")
+            beside = F.gelu(lateral["down"](x))
+            bypass = share * lateral["up"](beside) + (1 - share) * vertical["up"](below)
+        return bypass

@@ -179,8 +179,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence_and_changes_nothing(tmp_path
     assert set(model.state_dict()) == keys and not hasattr(model, "peft_config")
 
 
-@pytest.mark.parametrize("kind", ["adapter", "ssf"])
-def test_adapter_and_ssf_start_as_the_base_on_a_unet_too(pipe, kind):
+@pytest.mark.parametrize("kind", ["adapter", "ssf", "bypass"])
+def test_adapter_ssf_and_bypass_start_as_the_base_on_a_unet_too(pipe, kind):
     x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 9, pipe.unet.config.cross_attention_dim)
     with torch.no_grad():
         before = pipe.unet(x, 500, text).sample
@@ -190,7 +190,7 @@ def test_adapter_and_ssf_start_as_the_base_on_a_unet_too(pipe, kind):
         assert not torch.equal(pipe.unet(x, 500, text).sample, before)
 
 
-@pytest.mark.parametrize("kind", ["linear", "bypass", "oft", "lokr", "ia3"])
+@pytest.mark.parametrize("kind", ["linear", "noah", "oft", "lokr", "ia3"])
 def test_what_is_for_vision_models_alone_is_refused_on_a_unet(base, kind):
     with pytest.raises(ValueError, match=f"{kind} is for vision transformers"):
         sdtune.add_tuner(base.unet, sdtune.TunerConfig(kind=kind))
