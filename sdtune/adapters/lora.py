@@ -14,7 +14,7 @@ from ..tuners.config import LORAS, TunerConfig
 from . import inject
 from .operations import CHILD_NAME, Operation, find_heads, is_vision_model, lora_layer_names
 
-_PARAMETER = re.compile(r"(.*)\.((?:lora|oft|lokr|ia3)_.*)")
+_PARAMETER = re.compile(r"(.*?)\.((?:lora|oft|lokr|ia3)_.*)")
 
 
 def _peft_config(model, config: TunerConfig) -> PeftConfig:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
-from safetensors.torch import save_file
 
 from ..tuners.config import FULL, LORAS
 from . import disk
 from .operations import CHILD_NAME
 from .peft_config import ResAttnConfig
-from .tuner_file import PEFT_FILE_NAME, TunerFile
+from .tuner_file import PEFT_FILE_NAME, TunerFile, write_tensors
 
 _LORA_A = ".lora_A.weight"
 # a key of a tuner: the path of the operation, and the parameter
@@ -39,8 +38,7 @@ def save_peft_files(folder: Path, file: TunerFile) -> None:
             operation, parameter = _KEY.fullmatch(key).groups()
             tensors[f"base_model.model.{operation}.{CHILD_NAME}.tuners.{parameter}"] = tensor
     config.base_model_name_or_path, config.inference_mode = base, True
-    with disk.new_file(folder / PEFT_FILE_NAME) as part:
-        save_file(tensors, part, metadata={"format": "pt"})
+    write_tensors(folder / PEFT_FILE_NAME, tensors, {"format": "pt"})
     with tempfile.TemporaryDirectory() as written:  # PEFT writes into a folder
         config.save_pretrained(written)
         disk.write_bytes(folder / CONFIG_NAME, (Path(written) / CONFIG_NAME).read_bytes())

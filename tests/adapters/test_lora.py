@@ -72,10 +72,11 @@ def test_it_switches_mixes_with_a_tuner_and_goes_without_a_trace(pipe, files):
 
 
 def test_loras_of_any_name_are_told_apart(pipe, tmp_path):
-    for seed, name in enumerate("AB"):
+    names = ("A", "B", "lora_conv")  # also such as PEFT uses for its layers
+    for seed, name in enumerate(names):
         torch.manual_seed(seed)
         sdtune.add_tuner(pipe, sdtune.TunerConfig(kind="lora"), name)
-    for name in "AB":
+    for name in names:
         own = api.tuner_parameters(pipe, name)
         assert own.keys() == api.expected_shapes(pipe.unet, sdtune.TunerConfig(kind="lora")).keys()
         path = sdtune.save_tuner(pipe, tmp_path / f"{name}.safetensors", name, dtype=torch.float32)

@@ -1,13 +1,23 @@
-"""The Forge extension on a stand-in with exactly the methods of Forge's `UnetPatcher` that it may use."""
+"""The Forge extension on a stand-in with exactly the methods of Forge's `UnetPatcher` that it may use.
+
+`FORGE=path/to/forge pytest tests/integrations/test_forge.py` uses Forge's own `UnetPatcher`, UNet and LoRA loader
+instead; of its requirements they need gguf alone.
+"""
 
 import copy
 import importlib.util
+import inspect
+import os
 import sys
 import types
 
 import pytest
 import torch
-from comfyui import comfyui_model
+from comfyui import comfyui_model, unet_settings
+from safetensors.torch import load_file
+from torch import nn
+
+from sdtune.adapters import tuner_file
 
 from .conftest import ROOT
 from .test_comfyui import assert_same_effect, in_diffusers, inputs, make_file
@@ -57,6 +67,43 @@ class UnetPatcher:
         self.object_patches_backup = {}
 
 
+def forge_patcher(comfyui, base):
+    """The small base's UNet as Forge's own `UnetPatcher`."""
+    sys.argv, before = [sys.argv[0], "--always-cpu"], sys.argv
+    sys.path.insert(0, os.environ["FORGE"])
+    from backend.nn.unet import IntegratedUNet2DConditionModel
+    from backend.patcher.unet import UnetPatcher as ForgeUnetPatcher
+
+    sys.argv = before
+    settings = unet_settings(base.unet.config)
+    known = inspect.signature(IntegratedUNet2DConditionModel.__init__).parameters
+    unet = IntegratedUNet2DConditionModel(**{k: v for k, v in settings.items() if k in known})
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = base.unet.config.norm_num_groups
+    names = comfyui.utils.unet_to_diffusers(settings)
+    unet.load_state_dict({names[k]: v for k, v in base.unet.state_dict().items()})
+    unet.storage_dtype = unet.computation_dtype = torch.float32
+    unet.load_device = unet.offload_device = unet.initial_device = torch.device("cpu")
+    config = types.SimpleNamespace(huggingface_repo="stable-diffusion-v1-5", unet_config=settings)
+    return ForgeUnetPatcher.from_model(unet.eval().requires_grad_(False), base.scheduler, config)
+
+
+@pytest.fixture
+def unet(comfyui, base):
+    """What the extension receives from Forge, or the stand-in."""
+    return (
+        forge_patcher(comfyui, base) if "FORGE" in os.environ else UnetPatcher(comfyui_model(comfyui, base.unet).model)
+    )
+
+
+def predict(patcher, base) -> torch.Tensor:
+    x, timesteps, text = inputs(base.unet)
+    options = dict(patcher.model_options["transformer_options"])
+    with torch.no_grad():
+        return patcher.model.diffusion_model(x, timesteps, context=text, transformer_options=options)
+
+
 @pytest.fixture
 def extension(comfyui, monkeypatch):
     """The extension's script, loaded as Forge does, with stand-ins for Forge's modules."""
@@ -74,11 +121,10 @@ def extension(comfyui, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [{}, {"ops": ["block", "attn2"], "kind": "res_attn_text"}])
-def test_the_extension_predicts_the_same_as_in_diffusers(extension, comfyui, base, config):
+def test_the_extension_predicts_the_same_as_in_diffusers(extension, comfyui, base, unet, config):
     path, without = make_file(comfyui, base, "forge", **config), in_diffusers(base, {})
-    unet = UnetPatcher(comfyui_model(comfyui, base.unet).model)
 
-    def draw(strength: float, loaded: UnetPatcher | None = None):
+    def draw(strength: float, loaded=None):
         p = types.SimpleNamespace(extra_generation_params={})
         p.sd_model = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet))
         extension.SdtuneTuner().process_before_every_sampling(p, "forge.safetensors", strength)
@@ -87,20 +133,35 @@ def test_the_extension_predicts_the_same_as_in_diffusers(extension, comfyui, bas
         if loaded:
             loaded.forge_unpatch_model()
         patcher.forge_patch_model()
-        x, timesteps, text = inputs(base.unet)
-        options = dict(patcher.model_options["transformer_options"])
-        with torch.no_grad():
-            return patcher, patcher.model.diffusion_model(x, timesteps, context=text, transformer_options=options)
+        return patcher, predict(patcher, base)
 
     first, found = draw(1.0)
     assert_same_effect(found, in_diffusers(base, {path: 1.0}), without)
     second, found = draw(0.5, loaded=first)  # the extension runs while the first is still loaded
     assert_same_effect(found, in_diffusers(base, {path: 0.5}), without)
     second.forge_unpatch_model()
-    x, timesteps, text = inputs(base.unet)
-    with torch.no_grad():
-        found = unet.model.diffusion_model(x, timesteps, context=text)
-    assert torch.allclose(found, without, atol=1e-4)
+    assert torch.allclose(predict(unet, base), without, atol=1e-4)
+
+
+@pytest.mark.skipif("FORGE" not in os.environ, reason="needs Forge's own LoRA loader")
+@pytest.mark.parametrize("ops", [["attn1", "attn2", "ff"], ["attn1", "attn2", "ff", "conv"]])
+def test_our_lora_loads_in_forge_and_stacks_with_a_tuner(extension, comfyui, base, unet, ops):
+    from backend.patcher.lora import load_lora, model_lora_keys_unet
+
+    lora = make_file(comfyui, base, "forge lora", folder="loras", kind="lora", ops=ops)
+    tuner, without = make_file(comfyui, base, "beside"), in_diffusers(base, {})
+    layers, unused = load_lora(load_file(lora), model_lora_keys_unet(unet.model, {}))
+    assert len(layers) == len(tuner_file.load(lora).tensors) / 2 and not unused
+    with_lora = unet.clone()
+    with_lora.add_patches(filename="forge lora", patches=layers, strength_patch=0.8)
+    with_lora.refresh_loras()
+    assert_same_effect(predict(with_lora, base), in_diffusers(base, {lora: 0.8}), without)
+    p = types.SimpleNamespace(extra_generation_params={})
+    p.sd_model = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=with_lora))
+    extension.SdtuneTuner().process_before_every_sampling(p, "beside.safetensors", 1.0)
+    both = p.sd_model.forge_objects.unet
+    both.forge_patch_model()
+    assert_same_effect(predict(both, base), in_diffusers(base, {lora: 0.8, tuner: 1.0}), without)
 
 
 def test_the_extension_lists_the_files_and_does_nothing_without_one(extension, comfyui, base):

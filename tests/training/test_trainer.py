@@ -51,6 +51,7 @@ def test_peft_loads_the_folder_of_a_run_and_computes_what_the_tuner_file_does(ba
     with torch.no_grad():
         assert torch.equal(found(x, 500, text).sample, expected(x, 500, text).sample)
         assert not torch.equal(found(x, 500, text).sample, base.unet(x, 500, text).sample)
+    assert (result.tuner.parent / "adapter_model.safetensors").stat().st_mode == result.tuner.stat().st_mode
     result.tuner.unlink()  # what PEFT reads is as dear
     with pytest.raises(errors.TrainError, match="holds a finished tuner, adapter_model.safetensors"):
         sdtune.fit(short_run(pairs, tmp_path, steps=2))
