@@ -63,6 +63,7 @@ def main() -> int:
         name = "anime" if config.output is None else "mine"
         print(f"\nthe tuner     {result.tuner}\nthe preview   {result.preview}\nthe losses    {result.loss_plot}")
         print(f"the settings  {result.config}")
+        print(f"which of the pictures it never learnt, or by heart: python -m sdtune.check {result.config.parent}")
         print(HOW_TO_LOAD.format(base=config.base, tuner=result.tuner, name=name))
     return 0
 

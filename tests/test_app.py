@@ -168,6 +168,31 @@ def test_columns_are_drawn_side_by_side_and_an_image_restores_its_settings(page,
     wait_for_text(page, "draw-status", "not a complete PNG")
 
 
+def test_any_size_is_drawn_and_an_image_restores_its_width_and_height(page, tmp_path):
+    def size_fields() -> list[str]:
+        return [page.locator(f"#draw-{name} input").input_value() for name in ("width", "height")]
+
+    set_steps(page, 1)
+    assert size_fields() == ["256", "256"]
+    page.locator("#draw-sizes input").click()
+    page.get_by_role("option", name="Portrait 2:3, 256 × 384").click()
+    page.wait_for_function("document.querySelector('#draw-height input').value == '384'")
+    set_number(page, "draw-width", 128)
+    set_number(page, "draw-height", 72)
+    page.click("#draw-swap")
+    page.wait_for_function("document.querySelector('#draw-height input').value == '128'")
+    page.click("#draw")
+    wait_for_text(page, "draw-status", "Drawn in")
+    (tmp_path / "a.png").write_bytes(download_images(page, "drawn-images")[0])
+    assert Image.open(tmp_path / "a.png").size == (72, 128)
+    set_number(page, "draw-width", 100)
+    page.click("#draw")
+    wait_for_text(page, "draw-status", "The width is 100; it must be between 64 and 2048 and a multiple of 8.")
+    page.set_input_files("#restore input[type=file]", tmp_path / "a.png")
+    wait_for_text(page, "draw-status", "The settings are restored.")
+    assert size_fields() == ["72", "128"]
+
+
 def test_stop_ends_a_drawing_before_its_last_step(page):
     set_steps(page, 100)
     page.click("#draw")
@@ -309,6 +334,9 @@ def test_five_images_train_a_tuner_to_draw_with_and_training_resumes(page, pairs
     page.set_input_files("#train-files input[type=file]", files[:-1])
     wait_for_text(page, "problems", "1 problem to solve")
     page.get_by_label("Caption of 3.png").fill("a girl, in anime style")
+    page.click("#look-through")
+    page.locator("#looked-through .picture-card").nth(4).wait_for()
+    assert "enlarged 2.0 times" in page.locator("#looked-through").inner_text()  # they have 128 px
     page.locator("#run-name textarea, #run-name input").fill("../../five <b>")
     set_number(page, "train-steps", 3)
     page.get_by_text("More settings").click()
@@ -318,6 +346,9 @@ def test_five_images_train_a_tuner_to_draw_with_and_training_resumes(page, pairs
     assert "“five-b”" in text and (server[1] / "five-b" / "tuner.safetensors").is_file()
     page.locator("#loss-curve svg").wait_for()
     assert len(download_images(page, "preview")) == 1
+    page.click("#measure-images")
+    page.locator("#measured-images .picture-card svg").nth(4).wait_for()
+    assert "measured at steps 0, 3" in page.locator("#measured-images").inner_text()
     page.get_by_text("Train in a shell instead").click()
     line = page.locator("#train-command textarea").input_value()
     assert line.startswith("accelerate launch train_anime.py") and "--steps 3" in line

@@ -28,10 +28,10 @@ def passes(pipe):
     return seen
 
 
-def by_itself(pipe, prompt, seed, steps, guidance=7.5):
+def by_itself(pipe, prompt, seed, steps, guidance=7.5, width=64, height=64):
     """What diffusers draws in a call of its own, with the adapters as they are."""
     noise = torch.Generator().manual_seed(seed)
-    options = dict(num_inference_steps=steps, guidance_scale=guidance, generator=noise, height=64, width=64)
+    options = dict(num_inference_steps=steps, guidance_scale=guidance, generator=noise, height=height, width=width)
     return pipe(prompt, **options).images[0]
 
 
@@ -41,7 +41,7 @@ def alone(pipe, cell, steps):
         pipe.set_adapters(list(cell.adapters), list(cell.adapters.values()))
     else:
         pipe.disable_lora()
-    return by_itself(pipe, cell.prompt, cell.seed, steps, cell.guidance)
+    return by_itself(pipe, cell.prompt, cell.seed, steps, cell.guidance, cell.width or 64, cell.height or 64)
 
 
 def test_columns_that_share_passes_are_the_pictures_that_separate_calls_draw(loaded):
@@ -67,6 +67,22 @@ def test_prompts_seeds_and_guidance_may_differ_from_cell_to_cell(loaded):
     for picture, cell in zip(drawn, cells):
         if not cell.negative_prompt:
             assert grids.mean_difference(picture, alone(loaded, cell, 2)) < 0.5
+
+
+def test_pictures_of_several_sizes_are_those_that_separate_calls_draw(loaded):
+    sizes = [(64, 96), (96, 64), (64, 96), (72, 64)]
+    cells = [
+        sdtune.Cell(PROMPT, i, {"tuner": 1.0} if i % 2 else {}, 4.0, width=w, height=h)
+        for i, (w, h) in enumerate(sizes)
+    ]
+    seen = passes(loaded)
+    drawn = sdtune.draw_cells(loaded, cells, steps=2)
+    assert seen == [n for n in (4, 2, 2) for _ in loaded.scheduler.timesteps]  # those of one size share a pass
+    for picture, cell in zip(drawn, cells):
+        assert picture.size == (cell.width, cell.height)
+        assert grids.mean_difference(picture, alone(loaded, cell, 2)) < 0.5
+    wide = sdtune.compare(loaded, PROMPT, {"a": {}}, steps=1, width=128, height=64)["a"][0]
+    assert wide.size == (128, 64)
 
 
 def test_the_pipe_is_left_as_it_was_also_when_the_drawing_is_stopped(loaded):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ANIME
 from diffusers.models import activations
+from PIL import Image
 from torch import nn
 
 import sdtune
@@ -97,6 +98,28 @@ def test_a_replay_reads_what_it_is_given_and_its_results_stay():
     given = [torch.tensor([float(n)], device="cuda") for n in range(5)]
     results = [replayed(x=x, y=y) for x, y in zip(given, reversed(given))]
     assert [r.item() for r in results] == [4, 5, 6, 7, 8]
+
+
+def test_each_combination_of_shapes_is_recorded_once_and_all_give_their_own_results(monkeypatch):
+    recorded, record = [], graphs._OneGraph._capture
+    monkeypatch.setattr(graphs._OneGraph, "_capture", lambda self: recorded.append(1) or record(self))
+    replayed = graphs.CudaGraphed(lambda x, y: (x.sum() + y).cumsum(0))
+    given = [torch.full((size,), float(n), device="cuda") for n in range(4) for size in (2, 3, 5)]
+    results = [replayed(x=x, y=x) for x in given]
+    assert len(recorded) == 3
+    for x, result in zip(given, results):
+        assert torch.equal(result, (x.sum() + x).cumsum(0))
+
+
+def test_a_run_on_several_shapes_learns_what_it_learns_without_graphs(tmp_path, monkeypatch):
+    for i, size in enumerate([(256, 256), (192, 288), (192, 288), (288, 192)]):
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+    settings = dict(data=str(tmp_path), steps=12)
+    losses, weights = run(tmp_path, "recorded", **settings)
+    monkeypatch.setattr(graphs, "CudaGraphed", lambda function: function)
+    plain_losses, plain_weights = run(tmp_path, "plain", **settings)
+    assert losses == pytest.approx(plain_losses, rel=5e-3) and alike(weights, plain_weights, 0.1)
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
