@@ -63,9 +63,8 @@ def open_mask(content: bytes | None, image_content: bytes) -> Image.Image | None
         MaskError: if the mask file is damaged or of another shape than the image, or the mask is black everywhere.
     """
     with open_file(io.BytesIO(image_content)) as image:
-        alpha = _alpha(image)
-        size = ImageOps.exif_transpose(image).size
-    mask = alpha
+        mask = alpha = _alpha(image)
+        size = ImageOps.exif_transpose(image).size if content is not None else None
     if content is not None:
         try:
             with open_file(io.BytesIO(content)) as file:
@@ -86,14 +85,13 @@ def open_mask(content: bytes | None, image_content: bytes) -> Image.Image | None
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
-    """The upright alpha channel of an image, or None if it is opaque."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        shade = image.info.get("transparency")
-        levels = np.where(np.asarray(image) == shade, 0, 255) if shade is not None else np.full((1, 1), 255)
+    """The upright alpha channel of an image, or None if it is opaque; then the image is not decoded."""
+    shade = image.info.get("transparency")
+    if (image.mode.startswith("I") or image.mode == "F") and shade is not None:
+        levels = np.where(np.asarray(ImageOps.exif_transpose(image)) == shade, 0, 255)
         alpha = Image.fromarray(levels.astype(np.uint8))
     elif image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
+        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
     else:
         return None
     return alpha if alpha.getextrema()[0] < _OPAQUE else None

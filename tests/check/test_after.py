@@ -49,13 +49,10 @@ def test_the_pictures_of_a_run_are_measured_at_its_checkpoints_as_the_run_measur
     titles = re.findall(r"<b>(.*?)</b>", text)
     assert sorted(titles) == ["0.png", "1.png", "2.png", "3.png", "4.png", "test/0.png", "test/1.png"]
     assert text.count("<polyline") == 7 and text.count("Held out: its loss was lowest at step") == 2
-    losses = after.measure_run(tmp_path / "run", lambda _: None)
-    assert {step: sum(values) / 2 for step, values in losses.test.items() if step != 2} == pytest.approx(
-        result.heldout, rel=1e-4
-    )
-    for folder in (tmp_path / "run/checkpoints").glob("*"):
-        shutil.rmtree(folder)
-    assert sorted(after.measure_run(tmp_path / "run", lambda _: None).train) == [0, 4]  # the finished tuner alone
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    losses = after.measure_run(tmp_path / "run", lambda _: None)  # the finished tuner alone
+    assert {step: sum(values) / 2 for step, values in losses.test.items()} == pytest.approx(result.heldout, rel=1e-3)
+    assert losses.train.keys() == {0, 4}
 
 
 def test_a_run_whose_settings_or_pictures_are_gone_says_so(pairs, tmp_path, capsys):
