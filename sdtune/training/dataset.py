@@ -69,9 +69,10 @@ def read_splits(
 ) -> tuple[list[Pair], list[Pair]]:
     """The training pairs and the held-out pairs. Like `read_pairs`, with the problems of both listed at once."""
     found, problems = [], []
+    log_of = {"train": log, "test": lambda line: log(f"test: {line}")}
     for split in ("train", "test"):
         try:
-            found.append(read_pairs(source, buckets, split, log))
+            found.append(read_pairs(source, buckets, split, log_of[split]))
         except DataError as error:
             problems += [f"{split}: {p}" if split == "test" else p for p in error.problems]
             if not Path(source).expanduser().is_dir():
