@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..check import after
+from ..check import after, words
 from ..training.buckets import AspectBuckets
 from . import html_parts
 from .backend import Backend
@@ -17,12 +17,12 @@ LOOK_THROUGH = "Look through my images"
 NO_IMAGES = "There are no images yet. Drop some above."
 
 
-def look_through(backend: Backend, uploaded, captions: str, resolution, square: bool) -> str:
+def look_through(backend: Backend, uploaded, captions: str, resolution, square: bool, trigger_words: str) -> str:
     """What is worth a look in the uploaded images, as HTML; problems and errors as a message.
 
     Args:
         captions: as they stand in the browser, a JSON list.
-        resolution, square: of the form.
+        resolution, square, trigger_words: of the form.
     """
     try:
         if uploaded is None or not uploaded.pairs:
@@ -31,7 +31,8 @@ def look_through(backend: Backend, uploaded, captions: str, resolution, square: 
         if len(texts) != len(uploaded.pairs):  # the fields are still loading
             texts = [caption for _, caption in uploaded.pairs]
         buckets = AspectBuckets(int(resolution or 0) or backend.side, bool(square))
-        return html_parts.picture_sheet(*backend.datasets.look_through(uploaded, texts, buckets))
+        lines, cards = backend.datasets.look_through(uploaded, texts, buckets)
+        return html_parts.picture_sheet([*lines, *words.describe_words(trigger_words or "")], cards)
     except (ValueError, OSError) as error:
         return html_parts.message(plain_message(error), error=True)
 
