@@ -22,12 +22,13 @@ class SetReport:
     """What was found in a set.
 
     Attributes:
-        pairs: that are trained on.
+        pairs, heldout: that are trained on, and that are held out.
         lines: sentences about the set.
         cards: a card for each picture, as it is trained, in the order of the files, those of test/ last.
     """
 
     pairs: list[Pair]
+    heldout: list[Pair]
     lines: list[str]
     cards: list[Card]
 
@@ -48,12 +49,7 @@ def check_set(source: str, buckets: AspectBuckets) -> SetReport:
     lines.insert(0, f"{len(train)} pictures" + (f" and {len(test)} held-out ones" if test else ""))
     if len(train) < FEW:
         lines.append(f"{len(train)} pictures are few: {FEW} to 50 of one subject or style are usual")
-    if not test:
-        lines.append(
-            "no pictures are held out, so a run cannot tell when it begins to memorise; one of five, in a folder test/ "
-            "next to train/, would do"
-        )
-    report = SetReport(train, lines, check_pairs(train, buckets) + check_pairs(test, buckets, "test", train))
+    report = SetReport(train, test, lines, check_pairs(train, buckets) + check_pairs(test, buckets, "test", train))
     lines.append(f"{len(report.noted)} pictures are worth a look" if report.noted else "no picture is out of line")
     return report
 

@@ -68,7 +68,13 @@ def main(argv: list[str] | None = None) -> int:
 def _check_set(options: argparse.Namespace) -> tuple[list[str], list[Card]]:
     buckets = AspectBuckets(options.resolution or load.native_resolution(options.base), options.square)
     report = before.check_set(options.folder, buckets)
-    lines = [*report.lines, *words.describe_words(options.trigger_words)]
+    lines = list(report.lines)
+    if not report.heldout:
+        lines.append(
+            "no pictures are held out, so a run cannot tell when it begins to memorise; one of five, in a folder test/ "
+            "next to train/, would do"
+        )
+    lines += words.describe_words(options.trigger_words)
     if options.trigger_words:
         lines.append(words.measure_words(options.trigger_words, report.pairs, options.base, buckets))
     return lines, report.cards

@@ -151,8 +151,8 @@ def build_train_tab(window: Window) -> tuple:
     clicked = [uploaded, captions, *fields]
     train.click(make_handler(start=True), clicked, [problems, command, train], js=READ_CAPTIONS, **QUIET)
     save.click(make_handler(start=False), clicked, [problems, command, train], js=READ_CAPTIONS, **QUIET)
-    look.click(partial(look_through, backend), [uploaded, captions, *(more[n] for n in ("resolution", "square", "trigger_words"))],
-               looked, js=READ_CAPTIONS, **QUIET)  # fmt: skip
+    looked_at = [uploaded, captions, *(more[name] for name in ("resolution", "square", "trigger_words"))]
+    look.click(partial(look_through, backend), looked_at, looked, js=READ_CAPTIONS, **QUIET)
     files.change(on_files, files, [uploaded, problems], **QUIET)
     source.change(on_source, source, [files, save, look, problems, looked], **QUIET)
     gr.on([uploaded.change, *(field.change for field in fields)], on_change, clicked, command, js=READ_CAPTIONS,
