@@ -39,7 +39,7 @@ def test_where_nothing_was_learnt_no_picture_is_blamed():
 
 
 def test_the_pictures_of_a_run_are_measured_at_its_checkpoints_as_the_run_measured_them(pairs, tmp_path, capsys):
-    config = short_run(pairs, tmp_path, resolution=128, checkpoint_every=2, flip=True, trigger_words="tok")
+    config = short_run(pairs, tmp_path, resolution=128, checkpoint_every=2, trigger_words="tok")
     result = sdtune.fit(config)
     capsys.readouterr()
     page = tmp_path / "page.html"

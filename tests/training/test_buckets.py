@@ -100,20 +100,20 @@ def test_a_run_trains_on_every_shape_in_batches_of_one_and_draws_previews_in_the
 
 
 def test_square_pictures_are_trained_as_with_square(pairs, tmp_path):
-    shaped = sdtune.fit(shaped_run(pairs, tmp_path / "shaped"))
-    square = sdtune.fit(shaped_run(pairs, tmp_path / "square", square=True))
+    shaped = sdtune.fit(shaped_run(pairs, tmp_path / "shaped", steps=2))
+    square = sdtune.fit(shaped_run(pairs, tmp_path / "square", steps=2, square=True))
     assert shaped.losses == square.losses and shaped.heldout == square.heldout
     assert have_equal_tensors(last_checkpoint(tmp_path / "shaped/run"), last_checkpoint(tmp_path / "square/run"))
 
 
 def test_square_crops_every_picture_to_the_square_in_its_middle(shapes, tmp_path, monkeypatch):
     seen = watch_batches(monkeypatch)
-    sdtune.fit(shaped_run(shapes, tmp_path, steps=2, square=True))
-    assert seen == [(2, 4, 16, 16)] * 2
+    sdtune.fit(shaped_run(shapes, tmp_path, steps=1, square=True))
+    assert seen == [(2, 4, 16, 16)]
 
 
 def test_a_run_on_several_shapes_resumes_to_the_same_bits(shapes, tmp_path):
-    changes = dict(steps=8, caption_dropout=0.5, noise_offset=0.1, flip=True)
+    changes = dict(steps=6, caption_dropout=0.5, noise_offset=0.1, flip=True)
     straight = sdtune.fit(shaped_run(shapes, tmp_path / "straight", **changes))
     config = shaped_run(shapes, tmp_path / "broken", **changes)
     with pytest.raises(errors.Stopped, match="stopped at step 3"):
@@ -126,18 +126,18 @@ def test_a_run_on_several_shapes_resumes_to_the_same_bits(shapes, tmp_path):
 
 
 def test_a_checkpoint_from_before_there_were_shapes_goes_on_with_square(shapes, tmp_path):
-    sdtune.fit(shaped_run(shapes, tmp_path, steps=2, square=True))
-    state = tmp_path / "run/checkpoints/step-000002/state.json"
+    sdtune.fit(shaped_run(shapes, tmp_path, steps=1, square=True))
+    state = tmp_path / "run/checkpoints/step-000001/state.json"
     state.write_text(state.read_text().replace('"square": true, ', ""))
     (state.parent / "files.json").unlink()
     with pytest.raises(errors.TrainError, match="square was True and is False"):
-        sdtune.fit(shaped_run(shapes, tmp_path, steps=3, resume=True))
-    assert len(sdtune.fit(shaped_run(shapes, tmp_path, steps=3, resume=True, square=True)).losses) == 3
+        sdtune.fit(shaped_run(shapes, tmp_path, steps=2, resume=True))
+    assert len(sdtune.fit(shaped_run(shapes, tmp_path, steps=2, resume=True, square=True)).losses) == 2
 
 
 def test_gradient_accumulation_changes_memory_not_the_result_on_several_shapes(shapes, tmp_path):
-    plain = sdtune.fit(shaped_run(shapes, tmp_path / "plain", batch_size=4, steps=3))
-    other = sdtune.fit(shaped_run(shapes, tmp_path / "other", gradient_accumulation_steps=2, steps=3))
+    plain = sdtune.fit(shaped_run(shapes, tmp_path / "plain", batch_size=4, steps=2))
+    other = sdtune.fit(shaped_run(shapes, tmp_path / "other", gradient_accumulation_steps=2, steps=2))
     assert other.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
