@@ -137,7 +137,8 @@ def _read_config(folder: Path) -> TrainConfig:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]
         known = {field.name for field in fields(TrainConfig)}
-        return TrainConfig(**{k: v for k, v in settings.items() if k in known}, output=str(folder))
+        settings = {k: v for k, v in {**checkpoints.BEFORE_OPTIONS, **settings}.items() if k in known}
+        return TrainConfig(**settings, output=str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrainError(
             f"{folder / 'config.json'} cannot be read ({error}); expected what a training wrote"

@@ -154,7 +154,8 @@ class Trainings:
             try:
                 settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
                 known = {f.name for f in dataclasses.fields(TrainConfig)}
-                config = TrainConfig(**{k: v for k, v in settings["train"].items() if k in known}, output=str(folder))
+                values = {**checkpoints.BEFORE_OPTIONS, **settings["train"]}
+                config = TrainConfig(**{k: v for k, v in values.items() if k in known}, output=str(folder))
                 run = TrainingRun(config, TunerConfig(**settings["tuner"]))
                 losses = json.loads((last / "state.json").read_text(encoding="utf-8"))["losses"]
             except (OSError, ValueError, TypeError, KeyError):  # not a run, or a damaged one

@@ -24,7 +24,7 @@ MANIFEST = "files.json"  # size in bytes and CRC-32 of every other file of a che
 CHANGEABLE = {"steps", "checkpoint_every", "preview_every", "preview_prompts", "preview_steps", "guidance_scale",
               "report_to", "data", "base", "author", "license"}  # fmt: skip
 # what runs did before there was an option, whose checkpoints do not name it
-_BEFORE_OPTIONS = {"square": True, "mask_weight": 1.0}
+BEFORE_OPTIONS = {"square": True, "mask_weight": 1.0}
 
 
 @dataclass
@@ -190,7 +190,7 @@ def drop_what_changed(state: CheckpointState, digests: dict, log: Callable[[str]
 def check_settings(folder: Path, state: CheckpointState, settings: dict, tuner: dict) -> None:
     """Raises a TrainError that names each setting that differs from the checkpoint's and must not."""
     new, old = {**settings, **json.loads(json.dumps(tuner))}, {**state.settings, **state.tuner}
-    old = {**{k: v for k, v in _BEFORE_OPTIONS.items() if k in new}, **old}
+    old = {**{k: v for k, v in BEFORE_OPTIONS.items() if k in new}, **old}
     changed = [k for k in new if k not in CHANGEABLE and old.get(k) != new[k]]
     if changed:
         differences = "; ".join(f"{k} was {old.get(k)!r} and is {new[k]!r}" for k in changed)
