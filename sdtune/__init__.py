@@ -20,6 +20,7 @@ _MODULES = {
     "TunerFileError": "adapters.tuner_file",
     "load_base": "bases.load",
     "BaseError": "bases.errors",
+    "encode_prompt": "inference.prompts",
     "Cell": "inference.compare",
     "compare": "inference.compare",
     "draw_cells": "inference.compare",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .bases.errors import BaseError
     from .bases.load import load_base
     from .inference.compare import Cell, compare, draw_cells
+    from .inference.prompts import encode_prompt
     from .training.config import TrainConfig
     from .training.errors import DataError
     from .training.fit import fit

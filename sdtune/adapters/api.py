@@ -6,6 +6,7 @@ After that diffusers' own `set_adapters`, `disable_lora` / `enable_lora`, `delet
 tuner, and belongs to its file.
 """
 
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from . import foreign_lora, inject, lora, noah, state, tuner_file
 def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub) -> str:
     """Loads a tuner file into a pipeline, under `adapter_name`, and makes it the active adapter.
 
-    A LoRA file of another tool is loaded by diffusers' `load_lora_weights`.
+    A LoRA file of another tool is loaded by diffusers' `load_lora_weights`. A warning says how to draw with a tuner
+    that was trained with another clip skip than the pipeline's last call had.
 
     Args:
         pipe: a diffusers pipeline with a `unet`, or the UNet itself, or a vision model of transformers.
@@ -39,6 +41,28 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
         ValueError: if the name is taken or cannot be one.
     """
     hub.pop("low_cpu_mem_usage", None)
+    name = attach_file(pipe, source, adapter_name, weight_name=weight_name, **hub)
+    trained, of_pipe = trained_clip_skip(pipe, name) or 1, (getattr(pipe, "_clip_skip", None) or 0) + 1
+    if trained != of_pipe:
+        warnings.warn(
+            f"{name} was trained with clip skip {trained}, and a call of this pipeline draws with {of_pipe}; draw with "
+            f"pipe(**sdtune.encode_prompt(pipe, prompt, negative_prompt)), or with sdtune.compare, which do so by "
+            "themselves", stacklevel=2,
+        )  # fmt: skip
+    return name
+
+
+def trained_clip_skip(pipe, adapter_name: str) -> int | None:
+    """The clip skip that an attached tuner was trained with, as its file says; None if nothing says so."""
+    adapter = (getattr(get_unet(pipe), "peft_config", None) or {}).get(adapter_name)
+    file = getattr(adapter, "file", None)
+    return file and file.clip_skip
+
+
+def attach_file(
+    pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub
+) -> str:
+    """`load_tuner` for callers that draw with the tuner's own clip skip: without the warning."""
     unet = get_unet(pipe)
     taken, name = getattr(unet, "peft_config", {}), adapter_name
     if name is None:

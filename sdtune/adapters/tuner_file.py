@@ -66,6 +66,12 @@ class TunerFile:
     versions: dict = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
 
+    @property
+    def clip_skip(self) -> int | None:
+        """The clip skip that it was trained with, as AUTOMATIC1111 counts (1 is the last layer); None if unknown."""
+        value = self.training.get("clip_skip", 1)
+        return value if self.training and type(value) is int and value >= 1 else None
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file and the folders to it, atomically, also when several processes write it."""
@@ -132,6 +138,8 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
         metadata["sdtune.labels"] = json.dumps(file.labels)
     else:
         metadata["modelspec.prediction_type"] = "v" if _predicts_v(file.base) else "epsilon"
+    if file.clip_skip:
+        metadata["ss_clip_skip"] = str(file.clip_skip)  # kohya's key, which other programs read
     if resolution:
         metadata["modelspec.resolution"] = f"{resolution}x{resolution}"
     given = {"trigger_phrase": file.trigger_words, **{name: getattr(file, name) for name in _GIVEN}}

@@ -51,7 +51,7 @@ class EvaluatedModel:
         if file is None:
             yield {}
             return
-        name = api.load_tuner(self.pipe, file, "evaluated")
+        name = api.attach_file(self.pipe, file, "evaluated")
         try:
             yield {name: 1.0}
         finally:

@@ -7,7 +7,7 @@ instead of one per column.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from tqdm.auto import tqdm
 
 from .. import kernels
 from ..adapters import per_sample, state
+from ..bases import text_encoding
 from ..kernels.cpu import heap
 from ..kernels.cuda import graphs
+from . import prompts
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Cell:
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
+    clip_skip: int | None = None  # as AUTOMATIC1111 counts; None: what its tuner was trained with
 
 
 def compare(
@@ -48,6 +51,7 @@ def compare(
     steps: int = 30,
     width: int | None = None,
     height: int | None = None,
+    clip_skip: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, list]:
     """Draws one prompt in several columns, every column from the same starting noise.
@@ -56,6 +60,7 @@ def compare(
         columns: title -> adapters and their weights, e.g. {"base": {}, "anime": {"anime": 1.0}}.
         seed, images: picture i of every column starts from the noise of seed + i.
         width, height: in pixels, as in `Cell`.
+        clip_skip: as AUTOMATIC1111 counts, 1 is the last layer; by default what the tuners were trained with.
         steps, on_step: as in `draw_cells`.
 
     Returns:
@@ -66,7 +71,7 @@ def compare(
     if not isinstance(images, int) or images < 1 or not isinstance(seed, int):
         raise ValueError(f"images is {images!r} and seed {seed!r}; both must be whole numbers, images at least 1")
     cells = [
-        Cell(prompt, seed + i, adapters, guidance, negative_prompt, width, height)
+        Cell(prompt, seed + i, adapters, guidance, negative_prompt, width, height, clip_skip)
         for adapters in columns.values()
         for i in range(images)
     ]
@@ -105,6 +110,10 @@ def draw_cells(
     if unknown:
         there = ", ".join(sorted(known)) or "none"
         raise ValueError(f"no adapter named {', '.join(map(repr, unknown))} is attached; attached adapters: {there}")
+    skips = prompts.clip_skip_of_each(pipe, [cell.adapters for cell in cells])
+    cells = [replace(cell, clip_skip=cell.clip_skip or own) for cell, own in zip(cells, skips)]
+    for clip_skip in {cell.clip_skip for cell in cells}:
+        text_encoding.check_clip_skip(pipe.text_encoder, clip_skip)
     groups = list(_groups(pipe, cells, batch))
     pipe.scheduler.set_timesteps(steps)
     total, drawn = len(groups) * len(pipe.scheduler.timesteps), [None] * len(cells)
@@ -174,15 +183,22 @@ def _size_of(pipe, cell: Cell) -> tuple[int, int]:
 
 
 def _groups(pipe, cells: Sequence[Cell], batch: int | None) -> Iterator[list[int]]:
-    """The indices of the cells of each pass: cells of one size and guidance whose adapters can share a pass."""
+    """The indices of the cells of each pass: cells of one size, guidance and text length whose adapters can share it."""
     kinds: dict[tuple, list[int]] = {}
     for i, cell in enumerate(cells):
         shared = per_sample.can_share_a_pass(pipe.unet, list(cell.adapters))
-        kinds.setdefault((_size_of(pipe, cell), cell.guidance, None if shared else _key(cell)), []).append(i)
+        key = (_size_of(pipe, cell), cell.guidance, _chunks(pipe, cell), None if shared else _key(cell))
+        kinds.setdefault(key, []).append(i)
     for ((width, height), *_), group in kinds.items():
         count = batch or max(1, 16 * 256**2 // (width * height))
         for start in range(0, len(group), count):
             yield group[start : start + count]
+
+
+def _chunks(pipe, cell: Cell) -> int:
+    """Into how many chunks of 75 tokens its prompt is encoded, and with guidance its negative prompt."""
+    texts = (cell.prompt, cell.negative_prompt) if cell.guidance > 1 else (cell.prompt,)
+    return max(prompts.count_chunks(pipe, text) for text in texts)
 
 
 def _key(cell: Cell) -> tuple:
@@ -191,16 +207,15 @@ def _key(cell: Cell) -> tuple:
 
 def _draw_group(pipe, cells: list[Cell], steps: int, count) -> list:
     guided, guidance = cells[0].guidance > 1, cells[0].guidance
-    device, count_of, (width, height) = pipe._execution_device, len(cells), _size_of(pipe, cells[0])
-    texts: list = [None] * count_of
-    for key in dict.fromkeys(map(_key, cells)):  # a LoRA may change the text encoder, too
-        members = [i for i, cell in enumerate(cells) if _key(cell) == key]
-        _activate(pipe, dict(key))
-        prompts = [cells[i].prompt for i in members]
-        negative = [cells[i].negative_prompt for i in members]
-        encoded = pipe.encode_prompt(prompts, device, 1, guided, negative if guided else None)
+    (width, height), texts = _size_of(pipe, cells[0]), [None] * len(cells)
+    for key in dict.fromkeys((_key(c), c.clip_skip) for c in cells):  # a LoRA may change the text encoder, too
+        members = [i for i, cell in enumerate(cells) if (_key(cell), cell.clip_skip) == key]
+        _activate(pipe, dict(key[0]))
+        sides = [[cells[i].prompt for i in members], [cells[i].negative_prompt for i in members]]
+        chunks = _chunks(pipe, cells[0])
+        encoded = [prompts.encode(pipe, side, key[1], chunks) for side in sides[: 1 + guided]]
         for place, i in enumerate(members):
-            texts[i] = [None if part is None else part[place] for part in encoded]
+            texts[i] = [part[place] for part in encoded]
     arguments = dict(
         prompt_embeds=torch.stack([t[0] for t in texts]),
         negative_prompt_embeds=torch.stack([t[1] for t in texts]) if guided else None,

@@ -10,7 +10,9 @@ from PIL import Image
 
 import sdtune
 
-from ..inference import grids
+from ..adapters import api
+from ..bases.text_encoding import CHUNK
+from ..inference import grids, prompts
 from .errors import PageError
 from .files import AdapterFiles
 from .grid_axes import Axis, make_cells
@@ -122,9 +124,9 @@ class Drawings:
             dataclasses.replace(cell, adapters={names[label]: weight for label, weight in cell.adapters.items()})
             for cell in cells
         ]
-        limit = self.pipe.tokenizer.model_max_length
-        if any(len(self.pipe.tokenizer(prompt).input_ids) > limit for prompt in {cell.prompt for cell in cells}):
-            job.note = f"The prompt is longer than the text encoder reads: only its first {limit - 2} tokens count."
+        chunks = max(prompts.count_chunks(self.pipe, cell.prompt) for cell in cells)
+        if chunks > 1:
+            job.note = f"The prompt has more than {CHUNK} tokens: it is read in {chunks} chunks of {CHUNK}."
         scheduler, options = SAMPLERS[settings.sampler or self.sampler]
         self.pipe.scheduler = scheduler.from_config(self._scheduler.config, **options)
         try:
@@ -144,7 +146,7 @@ class Drawings:
             key = (path, stat.st_mtime_ns, stat.st_size)
             if key not in self._loaded:
                 self._load_count += 1
-                self._loaded[key] = sdtune.load_tuner(self.pipe, path, f"a{self._load_count}")
+                self._loaded[key] = api.attach_file(self.pipe, path, f"a{self._load_count}")
             self._loaded.move_to_end(key)
             names[label] = self._loaded[key]
         while len(self._loaded) > max(MAX_LOADED, len(names)):

@@ -9,13 +9,14 @@ import shutil
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from ..adapters import disk, tuner_file
+from .config import TrainConfig
 from .errors import TrainError, shorten_list
 
 FOLDER = "checkpoints"
@@ -189,8 +190,9 @@ def drop_what_changed(state: CheckpointState, digests: dict, log: Callable[[str]
 
 def check_settings(folder: Path, state: CheckpointState, settings: dict, tuner: dict) -> None:
     """Raises a TrainError that names each setting that differs from the checkpoint's and must not."""
-    new, old = {**settings, **json.loads(json.dumps(tuner))}, {**state.settings, **state.tuner}
-    old = {**{k: v for k, v in BEFORE_OPTIONS.items() if k in new}, **old}
+    new = {**settings, **json.loads(json.dumps(tuner))}
+    # an option that is newer than the checkpoint was at its default
+    old = {**asdict(TrainConfig()), **BEFORE_OPTIONS, **state.settings, **state.tuner}
     changed = [k for k in new if k not in CHANGEABLE and old.get(k) != new[k]]
     if changed:
         differences = "; ".join(f"{k} was {old.get(k)!r} and is {new[k]!r}" for k in changed)

@@ -41,6 +41,10 @@ class TrainConfig:
     min_snr_gamma: float = _option(5.0, "min-SNR loss weights (arXiv 2303.09556); 0 is off")
     caption_dropout: float = _option(0.1, "share of captions that are replaced by the empty caption")
     noise_offset: float = _option(0.0, "strength of a random offset of each noise channel; 0 is off")
+    clip_skip: int = _option(1, "the text encoder's layer, as AUTOMATIC1111 counts: 1 is the last, 2 the one before, "
+                             "on which nearly all anime checkpoints of Stable Diffusion 1.5 were trained; diffusers' "
+                             "own clip_skip counts one less, ComfyUI's CLIP Set Last Layer says -2 for 2")  # fmt: skip
+    max_tokens: Literal[75, 150, 225] = _option(75, "how many tokens of a caption are read, in chunks of 75")
     trigger_words: str = _option("", "words put before every caption, and written into the file")
     author: str = _option("", "who made the tuner; written into the file and the model card")
     license: str = _option("", "license of the tuner, as the hub writes it (mit, cc-by-4.0, creativeml-openrail-m, "
@@ -80,6 +84,8 @@ class TrainConfig:
             wrong.append(f"learning_rate is {self.learning_rate}; it must be above 0")
         if self.guidance_scale is not None and not self.guidance_scale >= 0:
             wrong.append(f"guidance_scale is {self.guidance_scale}; it must be at least 0")
+        if not isinstance(self.clip_skip, int) or not 1 <= self.clip_skip <= 12:
+            wrong.append(f"clip_skip is {self.clip_skip!r}; it must be a whole number from 1, the last layer, to 12")
         if not 0 <= self.caption_dropout <= 1:
             wrong.append(f"caption_dropout is {self.caption_dropout}; it must be from 0 to 1")
         if not 0 <= self.mask_weight <= 1:
@@ -88,7 +94,8 @@ class TrainConfig:
             wrong.append(f"resolution is {self.resolution}; it must be at least 64 and a multiple of 8")
         if not re.fullmatch(r"[a-z0-9.-]*", self.license):
             wrong.append(f"license is {self.license!r}; expected an identifier of the hub, such as mit or cc-by-4.0")
-        for name, choices in (("lr_scheduler", ("constant", "cosine", "linear")),
+        for name, choices in (("max_tokens", (75, 150, 225)),
+                              ("lr_scheduler", ("constant", "cosine", "linear")),
                               ("stop_when", (None, "memorising")),
                               ("mixed_precision", (None, "no", "fp16", "bf16"))):  # fmt: skip
             if getattr(self, name) not in choices:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..bases.text_encoding import CHUNK, count_chunks, encode_texts
 from .buckets import AspectBuckets
 from .dataset import Pair
 from .errors import DataError
@@ -63,7 +64,7 @@ class Encoded:
 @torch.no_grad()
 def encode(
     pairs: list[Pair], vae, tokenizer, text_encoder, buckets: AspectBuckets, flip: bool = False,
-    trigger_words: str = "", mask_weight: float = 1.0,
+    trigger_words: str = "", mask_weight: float = 1.0, clip_skip: int = 1, max_tokens: int = CHUNK,
 ) -> Encoded:  # fmt: skip
     """Encodes every image and every caption once, in the dtype of the models and on their device.
 
@@ -72,6 +73,8 @@ def encode(
         flip: whether to encode the mirror image of each image too.
         trigger_words: are put before every caption.
         mask_weight: how much the masked parts of an image count in the loss, from 0 to 1.
+        clip_skip: as in `text_encoding.encode_texts`.
+        max_tokens: how many tokens of a caption are read, a multiple of 75.
 
     Raises:
         DataError: naming every image whose encoding is not finite, or of which all that is trained on is masked.
@@ -106,8 +109,8 @@ def encode(
     return Encoded(
         [p.name for p in pairs],
         _group_by_shape(posteriors, weights, vae.config.scaling_factor),
-        encode_text(texts, tokenizer, text_encoder),
-        encode_text([""], tokenizer, text_encoder),
+        encode_text(texts, tokenizer, text_encoder, clip_skip, max_tokens // CHUNK),
+        encode_text([""], tokenizer, text_encoder, clip_skip, max_tokens // CHUNK),
     )
 
 
@@ -128,18 +131,14 @@ def _group_by_shape(
     return buckets
 
 
-@torch.no_grad()
-def encode_text(texts: list[str], tokenizer, text_encoder) -> torch.Tensor:
-    """The last hidden states of the text encoder for each text, (n, tokens, width); equal texts are encoded once."""
+def encode_text(texts: list[str], tokenizer, text_encoder, clip_skip: int = 1, chunks: int = 1) -> torch.Tensor:
+    """As `text_encoding.encode_texts`; equal texts are encoded once."""
     unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    ids = tokenizer(
-        list(unique), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
-    states = torch.cat([text_encoder(part.to(text_encoder.device))[0] for part in ids.split(32)])
-    return states[[unique[t] for t in texts]]
+    return encode_texts(list(unique), tokenizer, text_encoder, clip_skip, chunks)[[unique[t] for t in texts]]
 
 
-def truncated_captions(pairs: list[Pair], tokenizer, trigger_words: str = "") -> list[str]:
-    """The names of the pairs whose caption has more tokens than the text encoder reads."""
-    max_tokens = tokenizer.model_max_length
-    return [p.name for p in pairs if len(tokenizer(f"{trigger_words} {p.caption}".strip()).input_ids) > max_tokens]
+def truncated_captions(pairs: list[Pair], tokenizer, trigger_words: str = "", max_tokens: int = CHUNK) -> list[str]:
+    """The names of the pairs whose caption has more tokens than are read of it."""
+    return [
+        p.name for p in pairs if count_chunks(f"{trigger_words} {p.caption}".strip(), tokenizer) > max_tokens // CHUNK
+    ]

@@ -24,15 +24,16 @@ class Previews:
         guidance: guidance scale.
         steps: sampling steps.
         shapes: width and height of the image of each prompt, in pixels.
+        clip_skip: with which the tuner is trained.
     """
 
     def __init__(
         self, pipe, adapter_name: str, accelerator: Accelerator, prompts: list[str], true_images: list[Image.Image],
-        *, guidance: float, steps: int, shapes: list[tuple[int, int]],
+        *, guidance: float, steps: int, shapes: list[tuple[int, int]], clip_skip: int,
     ):  # fmt: skip
         self.pipe, self.adapter_name, self.accelerator = pipe, adapter_name, accelerator
         self.prompts, self.true_images = prompts, true_images
-        self.guidance, self.steps, self.shapes = guidance, steps, shapes
+        self.guidance, self.steps, self.shapes, self.clip_skip = guidance, steps, shapes, clip_skip
         self.base_images: list[Image.Image] = []  # drawn once, for the first grid
 
     def draw_grid(self, path: Path, title: str) -> list[Image.Image]:
@@ -63,7 +64,7 @@ class Previews:
             TrainError: if the file changes nothing or draws something else.
         """
         dtype, fresh = self.pipe.unet.dtype, load.load_base(base)
-        api.load_tuner(fresh, path, self.adapter_name)
+        api.attach_file(fresh, path, self.adapter_name)
         fresh.to(self.accelerator.device)
         fresh.unet.to(dtype)
         (drawn,) = self._draw(fresh, {self.adapter_name: 1.0}, 1)
@@ -82,7 +83,7 @@ class Previews:
     def _draw(self, pipe, adapters: dict[str, float], count: int | None = None) -> list[Image.Image]:
         """The images of the first `count` prompts, or of all."""
         cells = [
-            compare.Cell(prompt, i, adapters, self.guidance, width=width, height=height)
+            compare.Cell(prompt, i, adapters, self.guidance, width=width, height=height, clip_skip=self.clip_skip)
             for i, (prompt, (width, height)) in enumerate(zip(self.prompts[:count], self.shapes))
         ]
         with self.accelerator.autocast():

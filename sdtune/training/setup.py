@@ -14,13 +14,14 @@ from diffusers.optimization import get_scheduler
 
 from ..adapters import tuner_file
 from ..bases import properties
+from ..bases.text_encoding import check_clip_skip
 from ..tuners.config import FULL, TunerConfig
 from . import dataset, encoding, run_folder
 from .buckets import AspectBuckets
 from .config import TrainConfig
 from .dataset import Pair
 from .encoding import Encoded
-from .errors import TrainError
+from .errors import TrainError, shorten_list
 from .images import crop_to_shape
 from .loss import AttentionInFp32
 from .memory import MemorySavingHooks
@@ -52,17 +53,19 @@ def encode_pairs(
 
     The VAE and the text encoder are moved to the CPU afterwards.
     """
-    long = encoding.truncated_captions(pairs, pipe.tokenizer, config.trigger_words)
+    check_clip_skip(pipe.text_encoder, config.clip_skip)
+    long = encoding.truncated_captions([*pairs, *heldout], pipe.tokenizer, config.trigger_words, config.max_tokens)
     if long:
-        log(f"{len(long)} captions are longer than the text encoder reads and are cut: {', '.join(long[:5])}")
+        advice = "--max_tokens 150 or 225 reads more" if config.max_tokens < 225 else "shorten them"
+        log(f"{len(long)} captions exceed {config.max_tokens} tokens and are cut: {shorten_list(long)}; {advice}")
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
     models = (pipe.vae, pipe.tokenizer, pipe.text_encoder, buckets)
-    words, mask_weight = config.trigger_words, config.mask_weight
-    encoded = encoding.encode(pairs, *models, config.flip, words, mask_weight).to(device, dtype)
+    more = (config.trigger_words, config.mask_weight, config.clip_skip, config.max_tokens)
+    encoded = encoding.encode(pairs, *models, config.flip, *more).to(device, dtype)
     encoded_heldout = None
     if heldout:
-        encoded_heldout = encoding.encode(heldout, *models, False, words, mask_weight).to(device, dtype)
+        encoded_heldout = encoding.encode(heldout, *models, False, *more).to(device, dtype)
     pipe.vae.to("cpu")
     pipe.text_encoder.to("cpu")
     return encoded, encoded_heldout
@@ -117,6 +120,7 @@ def create_previews(
     return Previews(
         pipe, adapter_name, accelerator, prompts, true_images,
         guidance=guidance, steps=config.preview_steps, shapes=shapes,
+        clip_skip=config.clip_skip,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from comfyui import comfyui_model, predict, unet_settings
 
 import sdtune
-from sdtune.adapters import api
+from sdtune.adapters import api, tuner_file
 from sdtune.adapters.tuner_file import TunerFileError
 
 from .conftest import ROOT
@@ -188,10 +188,20 @@ def test_the_node_lists_files_and_gives_the_trigger_words(comfyui, base, model):
     kind = comfyui.nodes.NODE_CLASS_MAPPINGS["SdtuneLoadTuner"]
     names = kind.INPUT_TYPES()["required"]["tuner"][0]
     assert {"listed.safetensors", "among loras.safetensors"} <= set(names)
-    assert kind().load(model, "among loras.safetensors", 1.0)[1] == "words of among loras"
+    assert kind().load(model, "among loras.safetensors", 1.0)[1:] == ("words of among loras", -1)
     before = kind.IS_CHANGED("listed.safetensors", strength=1)
     make_file(comfyui, base, "listed", 1)
     assert kind.IS_CHANGED("listed.safetensors", strength=1) != before
+
+
+def test_the_node_gives_the_clip_layer_of_a_tuner_that_was_trained_with_clip_skip_2(comfyui, base, model, capsys):
+    path = make_file(comfyui, base, "skips")
+    file = tuner_file.load(path)
+    file.training["clip_skip"] = 2
+    tuner_file.save(path, file)
+    kind = comfyui.nodes.NODE_CLASS_MAPPINGS["SdtuneLoadTuner"]
+    assert kind().load(model, "skips.safetensors", 1.0)[2] == -2
+    assert "put CLIP Set Last Layer -2 after the CLIP" in capsys.readouterr().out
 
 
 def test_files_that_the_node_cannot_use_are_refused_with_a_reason(comfyui, base, model):

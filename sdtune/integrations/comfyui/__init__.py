@@ -1,4 +1,4 @@
-"""A node for ComfyUI, "Load Tuner (sdtune)": MODEL, tuner file, strength -> MODEL, trigger words.
+"""A node for ComfyUI, "Load Tuner (sdtune)": MODEL, tuner file, strength -> MODEL, trigger words, CLIP layer.
 
 It needs torch and safetensors, which ComfyUI has, and of sdtune its tuners and its file reader. These are taken from an
 installed sdtune, or from a folder `sdtune` inside this one, or from the repository that this folder lies in.
@@ -49,8 +49,9 @@ class LoadTuner:
 
     CATEGORY = "loaders"
     DESCRIPTION = "Adds a Res-Attn, Res-Adapter, Res-Prefix or Res-Prompt tuner of sdtune to a Stable Diffusion model."
-    RETURN_TYPES = ("MODEL", "STRING")
-    RETURN_NAMES = ("MODEL", "trigger words")
+    RETURN_TYPES = ("MODEL", "STRING", "INT")
+    RETURN_NAMES = ("MODEL", "trigger words", "stop_at_clip_layer")
+    OUTPUT_TOOLTIPS = ("", "for the prompt", "for CLIP Set Last Layer: -1, or -2 for a tuner trained with clip skip 2")
     FUNCTION = "load"
 
     @classmethod
@@ -70,7 +71,10 @@ class LoadTuner:
 
     def load(self, model, tuner, strength):
         file = tuner_file.load(_path(tuner))
-        return patches.add_tuner(model, file, strength, source=tuner), file.trigger_words
+        layer = -(file.clip_skip or 1)
+        if layer != -1:
+            print(f"{tuner} was trained with clip skip {-layer}: put CLIP Set Last Layer {layer} after the CLIP")
+        return patches.add_tuner(model, file, strength, source=tuner), file.trigger_words, layer
 
 
 def _path(name: str) -> Path:
