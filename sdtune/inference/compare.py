@@ -183,7 +183,7 @@ def _size_of(pipe, cell: Cell) -> tuple[int, int]:
 
 
 def _groups(pipe, cells: Sequence[Cell], batch: int | None) -> Iterator[list[int]]:
-    """The indices of the cells of each pass: cells of one size, guidance and text length whose adapters can share it."""
+    """The indices of the cells of each pass: one size, guidance and text length, adapters that can share it."""
     kinds: dict[tuple, list[int]] = {}
     for i, cell in enumerate(cells):
         shared = per_sample.can_share_a_pass(pipe.unet, list(cell.adapters))
