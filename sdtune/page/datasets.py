@@ -22,9 +22,15 @@ from .png_settings import make_slug
 MAX_FILES = 1000
 
 
+def _lines_of(caption: str) -> str | list[str]:
+    """A caption, or a list of captions where several lines are written."""
+    lines = [line.strip() for line in caption.splitlines() if line.strip()]
+    return lines[0] if len(lines) == 1 else lines
+
+
 @dataclass(frozen=True, eq=False)
 class UploadedImages:
-    """Uploaded images as pairs of file name and caption ("" if none was uploaded for it).
+    """Uploaded images as pairs of file name and captions, one a line ("" if none was uploaded for it).
 
     `problems` keeps them from being trained on, apart from missing captions, which can be typed in the page. `notes`
     are what is good to know.
@@ -39,7 +45,7 @@ class UploadedImages:
     def metadata(self, captions: Sequence[str]) -> str:
         """The content of metadata.jsonl: a line for each image whose caption in the page is not empty."""
         lines = [
-            json.dumps({"file_name": name, "text": caption.strip()}, ensure_ascii=False) + "\n"
+            json.dumps({"file_name": name, "text": _lines_of(caption)}, ensure_ascii=False) + "\n"
             for (name, _), caption in zip(self.pairs, captions)
             if caption and caption.strip()
         ]
@@ -81,9 +87,9 @@ class Datasets:
             else:
                 shutil.copyfile(file, folder / name)
         images = dataset.match_captions(folder, dataset.list_files(folder, problems), caption_problems, notes)
-        without_caption = {image.name for image in images if not image.caption}  # it can be typed in the page
+        without_caption = {image.name for image in images if not image.captions}  # it can be typed in the page
         problems += [line for line in caption_problems if line.partition(": ")[0] not in without_caption]
-        pairs = [(image.name, image.caption or "") for image in images]
+        pairs = [(image.name, "\n".join(image.captions or ())) for image in images]
         return UploadedImages(folder, pairs, problems, notes, [image.mask.name for image in images if image.mask])
 
     def check(
@@ -104,7 +110,9 @@ class Datasets:
             with self._written(uploaded, captions) as folder:
                 pairs = dataset.read_pairs(folder, buckets or AspectBuckets(self.side), log=notes.append)
             with self._tokenizer_lock:
-                too_long = encoding.truncated_captions(pairs, self._tokenizer)
+                too_long = encoding.truncated_texts(
+                    [p.name for p in pairs], [p.captions for p in pairs], self._tokenizer
+                )
             if too_long:
                 notes.append(f"the text encoder does not read the end of long captions: {', '.join(too_long[:5])}")
         except DataError as error:

@@ -47,6 +47,10 @@ def build_draw_tab(window: Window) -> None:
             steps = steps_slider("steps")
             sampler = gr.Dropdown(list(SAMPLERS), value=backend.drawings.sampler, label="Sampler", min_width=200,
                                   info="How the noise is removed, step by step.")  # fmt: skip
+            layers = backend.pipe.text_encoder.config.num_hidden_layers
+            clip_skip = gr.Dropdown([("as the tuners were trained", 0), *((str(i), i) for i in range(1, layers + 1))],
+                                    value=0, label="Clip skip", min_width=200, elem_id="clip-skip",
+                                    info="1 is the last layer, 2 is usual for anime.")  # fmt: skip
         width, height = size_fields(backend, "draw")
     build_column_cards(window)
     status = gr.HTML(elem_classes="status", elem_id="draw-status")
@@ -54,15 +58,16 @@ def build_draw_tab(window: Window) -> None:
                     js_on_load=LIGHTBOX, elem_id="drawn-images")  # fmt: skip
     restore = gr.File(label="Drop a PNG from this page to restore its settings", file_types=[".png"], height=104,
                       elem_id="restore")  # fmt: skip
-    fields = [prompt, negative, seed, images, steps, guidance, width, height, sampler]
+    fields = [prompt, negative, seed, images, steps, guidance, width, height, clip_skip, sampler]
 
     async def on_draw(
-        prompt, negative, seed, images, steps, guidance, width, height, sampler, columns, request: gr.Request
-    ):
+        prompt, negative, seed, images, steps, guidance, width, height, clip_skip, sampler, columns,
+        request: gr.Request,
+    ):  # fmt: skip
         try:
             settings = Settings(
                 prompt or "", negative or "", to_int(seed), to_int(steps), float(guidance), to_int(width) or None,
-                to_int(height) or None, to_int(images), sampler, columns,
+                to_int(height) or None, to_int(clip_skip) or None, to_int(images), sampler, columns,
             )  # fmt: skip
             job = backend.drawings.draw_columns(request.session_hash, settings)
         except ValueError as error:
@@ -75,11 +80,11 @@ def build_draw_tab(window: Window) -> None:
 
     def on_restore(file):
         if file is None:
-            return [gr.skip()] * 12
+            return [gr.skip()] * 13
         try:
             found = read_png(file)
         except ValueError as error:
-            return [html_parts.message(str(error), error=True), *[gr.skip()] * 10, None]
+            return [html_parts.message(str(error), error=True), *[gr.skip()] * 11, None]
         note = "The settings are restored."
         labels = backend.files.labels(checkpoints=True)
         missing = dict.fromkeys(label for column in found.columns for label in column if label not in labels)
@@ -93,8 +98,9 @@ def build_draw_tab(window: Window) -> None:
             note += f" These settings were out of this page's range and are changed: {', '.join(changed)}."
         texts = (found.prompt, found.negative_prompt)
         size = found.width or backend.side, found.height or backend.side
+        skip = min(found.clip_skip or 0, layers)
         sampler = found.sampler if found.sampler in SAMPLERS else backend.drawings.sampler
-        return [html_parts.message(note), *texts, found.seed, *allowed.values(), *size, sampler, columns, None]
+        return [html_parts.message(note), *texts, found.seed, *allowed.values(), *size, skip, sampler, columns, None]
 
     gr.on([draw.click, prompt.submit], on_draw, [*fields, window.columns], [status, drawn, draw, stop],
           concurrency_limit=None, **QUIET)  # fmt: skip

@@ -65,6 +65,7 @@ class Drawings:
                     settings.negative_prompt,
                     settings.width,
                     settings.height,
+                    settings.clip_skip,
                 )
                 for column in settings.columns
                 for i in range(settings.images)

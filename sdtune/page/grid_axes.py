@@ -96,6 +96,7 @@ def make_cells(settings: Settings, across: Axis, down: Axis) -> list[sdtune.Cell
                     negative_prompt=settings.negative_prompt,
                     width=settings.width,
                     height=settings.height,
+                    clip_skip=settings.clip_skip,
                 )
             )
     return cells

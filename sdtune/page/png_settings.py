@@ -24,7 +24,8 @@ class Settings:
     """The settings of a drawing besides the base. Each column maps labels of adapter files to weights; {} is the base.
 
     `images` is the number of images per column; image i starts from the noise of `seed` + i. `width` and `height` are
-    those of an image in pixels, None for the size of the base.
+    those of an image in pixels, None for the size of the base. `clip_skip` is as AUTOMATIC1111 counts, None for what
+    the tuners were trained with.
     """
 
     prompt: str = ""
@@ -34,6 +35,7 @@ class Settings:
     guidance: float = 7.5
     width: int | None = None
     height: int | None = None
+    clip_skip: int | None = None
     images: int = 1
     sampler: str = ""
     columns: list[dict[str, float]] = field(default_factory=lambda: [{}])
@@ -55,6 +57,8 @@ class Settings:
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and (not 64 <= side <= 2048 or side % 8):
                 problems.append(f"The {name} is {side}; it must be between 64 and 2048 and a multiple of 8.")
+        if self.clip_skip is not None and not 1 <= self.clip_skip <= 12:
+            problems.append(f"The clip skip is {self.clip_skip}; it must be between 1, the last layer, and 12.")
         if not 1 <= len(self.columns) <= MAX_COLUMNS:
             problems.append(f"There are {len(self.columns)} columns; between 1 and {MAX_COLUMNS} can be drawn.")
         if len(self.columns) * self.images > MAX_IMAGES:
@@ -81,6 +85,8 @@ def write_png(
         "Steps": settings.steps, "Sampler": settings.sampler, "CFG scale": f"{settings.guidance:g}",
         "Seed": settings.seed + image, "Size": f"{picture.width}x{picture.height}", "Model": base,
     }  # fmt: skip
+    if settings.clip_skip:
+        facts["Clip skip"] = settings.clip_skip
     if adapters:
         facts["Tuners"] = json.dumps(", ".join(f"{n}: {w:g}" for n, w in adapters.items()), ensure_ascii=False)
     text = settings.prompt
@@ -126,7 +132,8 @@ def _read_parameters(text: str) -> dict:
     prompt, _, negative = "\n".join(lines).partition("Negative prompt: ")
     found = {"prompt": prompt.strip(), "negative_prompt": negative.strip(), "sampler": facts.get("Sampler", "")}
     facts["Width"], _, facts["Height"] = facts.get("Size", "").partition("x")
-    numbers = {"seed": "Seed", "steps": "Steps", "guidance": "CFG scale", "width": "Width", "height": "Height"}
+    numbers = {"seed": "Seed", "steps": "Steps", "guidance": "CFG scale", "width": "Width", "height": "Height",
+               "clip_skip": "Clip skip"}  # fmt: skip
     for name, key in numbers.items():
         try:
             found[name] = float(facts[key])
@@ -145,7 +152,7 @@ def _keep_usable(found: dict) -> Settings:
     for name in ("prompt", "negative_prompt", "sampler"):
         if isinstance(found.get(name), str):
             values[name] = found[name][:MAX_CHARACTERS]
-    for name in ("seed", "steps", "images", "width", "height", "guidance"):
+    for name in ("seed", "steps", "images", "width", "height", "clip_skip", "guidance"):
         value = found.get(name, found.get("size") if name in ("width", "height") else None)  # old files: one side
         if _is_number(value):
             values[name] = float(value) if name == "guidance" else int(value)

@@ -22,6 +22,18 @@ def build_more_fields(base: str, kind: gr.Dropdown) -> dict[str, gr.components.C
             info="One of these, or a hub id such as owner/name.",
         )  # fmt: skip
         form["trigger_words"] = gr.Textbox(label="Trigger words", info="Put before every caption.", min_width=200)
+        form["clip_skip"] = gr.Number(default.clip_skip, label="Clip skip", precision=0, minimum=1, maximum=12,
+                                      info="2 for anime checkpoints of SD 1.5.", min_width=122)  # fmt: skip
+    with gr.Row():
+        form["shuffle_tags"] = gr.Checkbox(
+            False, label="Shuffle tags", info="The parts of captions between commas.", min_width=122
+        )
+        form["keep_tokens"] = gr.Number(0, label="Keep tags", precision=0, minimum=0, info="First ones, in place.",
+                                        min_width=122)  # fmt: skip
+        form["tag_dropout"] = gr.Number(0, label="Tag dropout", minimum=0, maximum=1, info="Share left out.",
+                                        min_width=122)  # fmt: skip
+        form["max_tokens"] = gr.Dropdown([75, 150, 225], value=default.max_tokens, label="Tokens",
+                                         info="Read of a caption.", min_width=122)  # fmt: skip
     with gr.Row():
         form["rank"] = gr.Number(tuner.rank, label="Rank", precision=0, minimum=1, info="Width of the tuner.")
         form["num_heads"] = gr.Number(tuner.num_heads, label="Heads", precision=0, minimum=1,

@@ -24,7 +24,8 @@ from .queue import Job, Queue
 ASSETS = Path(__file__).parents[2] / "assets"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TUNER_NUMBERS = ("rank", "num_heads", "length")
-_NUMBERS = (*_TUNER_NUMBERS, "batch_size", "resolution", "preview_every", "checkpoint_every", "seed")
+_NUMBERS = (*_TUNER_NUMBERS, "batch_size", "resolution", "preview_every", "checkpoint_every", "seed",
+            "clip_skip", "keep_tokens", "max_tokens")  # fmt: skip
 
 
 @dataclass(frozen=True)

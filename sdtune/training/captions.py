@@ -27,8 +27,8 @@ def name_stem(name: str) -> str:
 
 def read_caption_files(
     folder: Path, names: list[str], images: list[str], problems: list[str], notes: list[str]
-) -> dict[str, str | None]:
-    """The captions in the files `names`, by the normalized name of their image.
+) -> dict[str, list[str] | None]:
+    """The captions in the files `names`, one a line, by the normalized name of their image.
 
     Args:
         images: names of all images in the folder.
@@ -49,12 +49,13 @@ def read_caption_files(
             problems.append(f"{first}, {name}: two caption files for {own_images[0]}; keep one")
         elif len(own_images) > 1:
             notes.append(f"{', '.join(own_images)} share the caption in {name}")
-        captions |= dict.fromkeys(map(normalize_name, own_images), text and text.strip())
+        lines = None if text is None else [line.strip() for line in text.split("\n") if line.strip()]
+        captions |= dict.fromkeys(map(normalize_name, own_images), lines)
     return captions
 
 
-def read_metadata(path: Path, problems: list[str]) -> dict[str, str | None] | None:
-    """The captions in a metadata file, by the normalized name of their image.
+def read_metadata(path: Path, problems: list[str]) -> dict[str, list[str] | None] | None:
+    """The captions in a metadata file, by the normalized name of their image; its text may be a list of captions.
 
     Args:
         problems: a line is appended for each problem. A caption is None if its line has a problem, and the result is
@@ -63,7 +64,7 @@ def read_metadata(path: Path, problems: list[str]) -> dict[str, str | None] | No
     text = _read_text(path, path.name, problems)
     if text is None:
         return None
-    captions: dict[str, str | None] = {}
+    captions: dict[str, list[str] | None] = {}
     rows = _read_csv_rows(text) if path.suffix.lower() == ".csv" else _read_json_rows(text)
     for number, line, row in rows:
         where = f"{path.name}, line {number}"
@@ -76,12 +77,20 @@ def read_metadata(path: Path, problems: list[str]) -> dict[str, str | None] | No
             problems.append(f"{where}: {name} lies outside the folder; give names relative to it")
         elif normalize_name(name) in captions:
             problems.append(f"{where}: {name} has a caption already; keep one line for each image")
-        elif not isinstance(caption, str):
+        elif (texts := as_captions(caption)) is None:
             captions[normalize_name(name)] = None
-            problems.append(f"{where}: {name} needs a text, a string; found {line[:80]}")
+            problems.append(f"{where}: {name} needs a text, a string or a list of strings; found {line[:80]}")
         else:
-            captions[normalize_name(name)] = caption.strip()
+            captions[normalize_name(name)] = texts
     return captions
+
+
+def as_captions(value) -> list[str] | None:
+    """The captions that a value of a table holds, without empty ones; None if it is no string or list of strings."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return [text.strip() for text in texts if text.strip()]
 
 
 def _read_json_rows(text: str) -> Iterator[tuple[int, str, object]]:

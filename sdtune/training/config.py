@@ -40,6 +40,11 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0 is off")
     min_snr_gamma: float = _option(5.0, "min-SNR loss weights (arXiv 2303.09556); 0 is off")
     caption_dropout: float = _option(0.1, "share of captions that are replaced by the empty caption")
+    shuffle_tags: bool = _option(False, "put the tags of a caption, its parts between commas, into another order")
+    keep_tokens: int = _option(0, "how many tags at a caption's start stay in place, with shuffle_tags or tag_dropout")
+    tag_dropout: float = _option(0.0, "share of the other tags that are left out")
+    caption_variants: int = _option(20, "texts of each image that are encoded, of which a step takes one, where "
+                                    "tags are shuffled or left out or captions have choices {red|blue}")  # fmt: skip
     noise_offset: float = _option(0.0, "strength of a random offset of each noise channel; 0 is off")
     clip_skip: int = _option(1, "the text encoder's layer, as AUTOMATIC1111 counts: 1 is the last, 2 the one before, "
                              "on which nearly all anime checkpoints of Stable Diffusion 1.5 were trained; diffusers' "
@@ -77,6 +82,7 @@ class TrainConfig:
         minimum = dict(
             steps=1, batch_size=1, gradient_accumulation_steps=1, lr_warmup_steps=0, weight_decay=0, max_grad_norm=0,
             min_snr_gamma=0, noise_offset=0, seed=0, checkpoint_every=1, preview_every=0, preview_steps=1,
+            keep_tokens=0, caption_variants=1,
         )  # fmt: skip
         low = [n for n, m in minimum.items() if not getattr(self, n) >= m]
         wrong = [f"{n} is {getattr(self, n)}; it must be at least {minimum[n]}" for n in low]
@@ -86,8 +92,13 @@ class TrainConfig:
             wrong.append(f"guidance_scale is {self.guidance_scale}; it must be at least 0")
         if not isinstance(self.clip_skip, int) or not 1 <= self.clip_skip <= 12:
             wrong.append(f"clip_skip is {self.clip_skip!r}; it must be a whole number from 1, the last layer, to 12")
-        if not 0 <= self.caption_dropout <= 1:
-            wrong.append(f"caption_dropout is {self.caption_dropout}; it must be from 0 to 1")
+        for name in ("caption_dropout", "tag_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                wrong.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if self.keep_tokens and not (self.shuffle_tags or self.tag_dropout):
+            wrong.append(f"keep_tokens is {self.keep_tokens}; it has an effect only with shuffle_tags or tag_dropout")
+        if self.caption_variants > 1000:
+            wrong.append(f"caption_variants is {self.caption_variants}; it must be at most 1000")
         if not 0 <= self.mask_weight <= 1:
             wrong.append(f"mask_weight is {self.mask_weight}; it must be from 0 to 1")
         if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):

@@ -23,6 +23,7 @@ from .buckets import AspectBuckets, cropped_share, describe_shapes, enlargement
 from .captions import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
+    as_captions,
     name_stem,
     normalize_name,
     read_caption_files,
@@ -32,18 +33,23 @@ from .errors import DataError, printable, shorten_list
 from .images import FORMATS, UNREAD_SUFFIXES, explain_image_error, explain_profile, open_file, open_image
 from .masks import FOLDER_SUFFIX, MaskError, find_mask_files, open_mask
 
+MOST_REPEATS = 100  # that the name of a folder can ask for
+
 
 @dataclass(frozen=True)
 class Pair:
-    """One image and its caption.
+    """One image and its captions.
 
     Attributes:
+        caption: the first one.
         name: of the file, relative to the data set's folder, or "row N" in a hub data set.
         open: reads the image file and returns it as an upright RGB image, with transparent parts white.
         size: width and height of that image in pixels.
         open_mask: reads its mask, in grey levels and of that size; None if all of the image counts.
         digest: SHA-256 of the image file and its mask file; empty where it was not read from a file.
         thumbnail: the image in 16 x 16 pixels, (768,) in grey levels, by which near-identical images are found.
+        other_captions: those after the first.
+        repeats: how many times as often as others it is trained on, from 1.
     """
 
     name: str
@@ -53,13 +59,20 @@ class Pair:
     open_mask: Callable[[], Image.Image] | None = None
     digest: str = ""
     thumbnail: np.ndarray | None = field(default=None, repr=False, compare=False)
+    other_captions: tuple[str, ...] = ()
+    repeats: int = 1
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions, in their order."""
+        return [self.caption, *self.other_captions]
 
 
 class ImageFile(NamedTuple):
-    """An image that has been found but not opened; `caption` is None if its problem has been reported already."""
+    """An image that has been found but not opened; `captions` is None if their problem has been reported already."""
 
     name: str
-    caption: str | None
+    captions: list[str] | None
     read_bytes: Callable[[], bytes]
     mask: Path | None = None
 
@@ -94,6 +107,8 @@ def read_pairs(
 
     A folder holds images, also in subfolders, and their masks (see `masks`). Their captions are in `metadata.jsonl`
     or `metadata.csv` (columns `file_name`, `text`), or next to each image in a .txt or .caption file of the same name.
+    An image may have several: lines of that file, or a list in metadata.jsonl. The images of a folder whose name is
+    like 10_girls are trained on 10 times as often as others, as kohya's scripts do.
     If the folder has subfolders `train` or `test` (the splits of the imagefolder format), `split` chooses one; if it
     has only `test`, everything else is "train". Hidden files are ignored. A hub id ("owner/name") needs the extra
     `sdtune[hub]`.
@@ -124,11 +139,6 @@ def read_pairs(
         return []
     else:
         folder, names = root, [n for n in list_files(root, problems) if not n.startswith("test/")]
-    repeats = sorted({part for n in names for part in n.split("/")[:-1] if re.match(r"\d+_", part)})
-    if repeats:
-        notes.append(
-            f"the numbers before _ in {shorten_list(repeats)} are not used as repeats; every image counts once"
-        )
     images = match_captions(folder, names, problems, notes)
     return _check_images(folder, images, buckets, problems, notes, log)
 
@@ -206,11 +216,11 @@ def match_captions(folder: Path, names: list[str], problems: list[str], notes: l
                 image = used_as_masks[folder / name]
                 problems.append(f"{name}: has a caption, but its name makes it the mask of {image}; rename one of them")
             continue
-        caption = None if captions is None else captions.pop(normalize_name(name), "")
-        if caption == "":
+        own = None if captions is None else captions.pop(normalize_name(name), [])
+        if own == []:
             where = f"add it to {tables[0]}" if tables else f"write it into {os.path.splitext(name)[0]}.txt"
             problems.append(f"{name}: no caption, or an empty one; {where}")
-        found.append(ImageFile(name, caption, (folder / name).read_bytes, next(iter(masks.get(name, [])), None)))
+        found.append(ImageFile(name, own, (folder / name).read_bytes, next(iter(masks.get(name, [])), None)))
     for name in captions or ():
         problems.append(f"{name}: has a caption, but there is no such image; add the image or remove the caption")
     if others:
@@ -230,11 +240,13 @@ def _check_images(
         "partly transparent; what is transparent counts as --mask_weight says": [],
         "animated or of several pages; the first picture of each is used": [],
         "in a colour profile that cannot be used, and are read as sRGB": [],
+        "described by several captions, of which each step takes one": [],
+        f"in a folder whose number is no count of repeats from 1 to {MOST_REPEATS}, and count once": [],
     }
-    for name, caption, read_bytes, mask_file in tqdm(
+    for name, captions, read_bytes, mask_file in tqdm(
         images, desc="checking images", disable=len(images) < 200, leave=False
     ):
-        for what, text in (("file name", name), ("caption", caption or "")):
+        for what, text in (("file name", name), *(("caption", caption) for caption in captions or ())):
             if re.search("[\ud800-\udfff]", text):
                 problems.append(f"{name}: its {what} is not valid Unicode; write it anew")
         try:
@@ -257,14 +269,20 @@ def _check_images(
         digest = hashlib.sha256(content + (mask_content or b"")).hexdigest()
         read_mask = partial(_open_mask, mask_file, read_bytes) if mask else None
         read_image = partial(_open_bytes, read_bytes)
-        pairs.append(Pair(name, caption or "", read_image, opened.size, read_mask, digest, thumbnail))
+        first, *others = captions or [""]
+        times = count_repeats(name)
+        pairs.append(
+            Pair(name, first, read_image, opened.size, read_mask, digest, thumbnail, tuple(others), times or 1)
+        )
         (width, height), shape = opened.size, buckets.shape_for(opened.size)
         scale, lost = enlargement(opened.size, shape), cropped_share(opened.size, shape)
         if scale > 2:
             least = " x ".join(str((side + 1) // 2) for side in shape)
             problems.append(f"{name}: {width} x {height} is too small; {buckets.resolution} px need {least} or more")
-        found = (scale > 1, lost > 0.1, mask_file, mask and not mask_file, is_animated, bad_profile)
-        texts = (name, f"{name} ({lost:.0%} of it)", name, name, name, f"{name} ({bad_profile})")
+        found = (scale > 1, lost > 0.1, mask_file, mask and not mask_file, is_animated, bad_profile, others,
+                 times is None)  # fmt: skip
+        texts = (name, f"{name} ({lost:.0%} of it)", name, name, name, f"{name} ({bad_profile})",
+                 f"{name} ({len(others) + 1})", name)  # fmt: skip
         for names, applies, text in zip(image_notes.values(), found, texts):
             if applies:
                 names.append(text)
@@ -275,6 +293,8 @@ def _check_images(
     notes = notes + [
         f"{len(names)} images are {what}: {shorten_list(names)}" for what, names in image_notes.items() if names
     ]
+    if repeated := describe_repeats(pairs):
+        notes.append(repeated)
     if shapes := describe_shapes([p.name for p in pairs], [p.size for p in pairs], buckets):
         notes.append(shapes)
     if same := near_identical(pairs, pairs):
@@ -283,6 +303,26 @@ def _check_images(
     for note in notes:
         log(printable(note))
     return pairs
+
+
+def count_repeats(name: str) -> int | None:
+    """How many times as often an image is trained on, by its innermost folder such as 10_girls; 1 without a number.
+
+    None if the number is too large for a count of repeats; it may be a year.
+    """
+    numbers = [int(match[1]) for part in name.split("/")[:-1] if (match := re.match(r"(\d{1,9})_", part))]
+    if not numbers:
+        return 1
+    return numbers[-1] if 1 <= numbers[-1] <= MOST_REPEATS else None
+
+
+def describe_repeats(pairs: list[Pair]) -> str:
+    """How often the images of which folders are trained on, as a sentence; empty if all count alike."""
+    times = {os.path.dirname(pair.name): pair.repeats for pair in pairs}
+    if len(set(times.values())) < 2:
+        return ""
+    folders = [f"{count} x {folder or 'the folder itself'}" for folder, count in times.items()]
+    return f"images are trained on as often as their folders say: {shorten_list(folders)}"
 
 
 def near_identical(pairs: list[Pair], others: list[Pair]) -> list[tuple[str, str]]:
@@ -343,9 +383,9 @@ def _read_hub(name: str, buckets: AspectBuckets, split: str, log) -> list[Pair]:
         return file.get("bytes") or (Path(file["path"]).read_bytes() if file.get("path") else b"")
 
     images, problems = [], []
-    for i, caption in enumerate(captions):
-        caption = caption.strip() if isinstance(caption, str) else ""
-        if not caption:
+    for i, value in enumerate(captions):
+        own = as_captions(value) or []
+        if not own:
             problems.append(f"row {i}: no caption, or an empty one")
-        images.append(ImageFile(f"row {i}", caption, partial(read_bytes, i)))
+        images.append(ImageFile(f"row {i}", own, partial(read_bytes, i)))
     return _check_images(name, images, buckets, problems, [], log)

@@ -44,34 +44,48 @@ class Encoded:
     Attributes:
         names: of the images, for messages.
         buckets: the images by their shapes.
-        text: the encoded captions, (n, tokens, width).
+        text: the encoded texts of all images, one image after the other, (texts, tokens, width).
         empty: the encoded empty caption, (1, tokens, width).
+        text_counts: how many texts each image has, of which a step takes one, (n,), on the CPU; by default one.
+        repeats: how many times as often as others each image is trained on, (n,), on the CPU; by default once.
     """
 
     names: list[str]
     buckets: list[Bucket]
     text: torch.Tensor
     empty: torch.Tensor
+    text_counts: torch.Tensor | None = None
+    repeats: torch.Tensor | None = None
+
+    def __post_init__(self):
+        for name in ("text_counts", "repeats"):
+            if getattr(self, name) is None:
+                setattr(self, name, torch.ones(len(self.names), dtype=torch.long))
+
+    @property
+    def first_texts(self) -> torch.Tensor:
+        """The place in `text` of the first text of each image, (n,), on the CPU."""
+        return self.text_counts.cumsum(0) - self.text_counts
 
     def to(self, device, dtype) -> "Encoded":
         """A copy on a device, with the text in `dtype`; mean and std stay in fp32."""
         return Encoded(
             self.names, [bucket.to(device) for bucket in self.buckets],
-            self.text.to(device, dtype), self.empty.to(device, dtype),
+            self.text.to(device, dtype), self.empty.to(device, dtype), self.text_counts, self.repeats,
         )  # fmt: skip
 
 
 @torch.no_grad()
 def encode(
     pairs: list[Pair], vae, tokenizer, text_encoder, buckets: AspectBuckets, flip: bool = False,
-    trigger_words: str = "", mask_weight: float = 1.0, clip_skip: int = 1, max_tokens: int = CHUNK,
+    texts: list[list[str]] | None = None, mask_weight: float = 1.0, clip_skip: int = 1, max_tokens: int = CHUNK,
 ) -> Encoded:  # fmt: skip
     """Encodes every image and every caption once, in the dtype of the models and on their device.
 
     Args:
         buckets: give the shape in which each image is encoded.
         flip: whether to encode the mirror image of each image too.
-        trigger_words: are put before every caption.
+        texts: of each image; by default its caption alone.
         mask_weight: how much the masked parts of an image count in the loss, from 0 to 1.
         clip_skip: as in `text_encoding.encode_texts`.
         max_tokens: how many tokens of a caption are read, a multiple of 75.
@@ -105,12 +119,14 @@ def encode(
     ]
     if problems:
         raise DataError("encoding", problems)
-    texts = [f"{trigger_words} {p.caption}".strip() for p in pairs]
+    texts = texts or [[pair.caption] for pair in pairs]
     return Encoded(
         [p.name for p in pairs],
         _group_by_shape(posteriors, weights, vae.config.scaling_factor),
-        encode_text(texts, tokenizer, text_encoder, clip_skip, max_tokens // CHUNK),
+        encode_text([text for own in texts for text in own], tokenizer, text_encoder, clip_skip, max_tokens // CHUNK),
         encode_text([""], tokenizer, text_encoder, clip_skip, max_tokens // CHUNK),
+        torch.tensor([len(own) for own in texts]),
+        torch.tensor([pair.repeats for pair in pairs]),
     )
 
 
@@ -137,8 +153,10 @@ def encode_text(texts: list[str], tokenizer, text_encoder, clip_skip: int = 1, c
     return encode_texts(list(unique), tokenizer, text_encoder, clip_skip, chunks)[[unique[t] for t in texts]]
 
 
-def truncated_captions(pairs: list[Pair], tokenizer, trigger_words: str = "", max_tokens: int = CHUNK) -> list[str]:
-    """The names of the pairs whose caption has more tokens than are read of it."""
+def truncated_texts(names: list[str], texts: list[list[str]], tokenizer, max_tokens: int = CHUNK) -> list[str]:
+    """The names of the images of which a text has more tokens than are read of it."""
     return [
-        p.name for p in pairs if count_chunks(f"{trigger_words} {p.caption}".strip(), tokenizer) > max_tokens // CHUNK
+        name
+        for name, own in zip(names, texts)
+        if any(count_chunks(text, tokenizer) > max_tokens // CHUNK for text in set(own))
     ]

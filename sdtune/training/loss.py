@@ -49,7 +49,7 @@ def denoising_errors(unet, scheduler, encoded: Encoded, noises: int = 1) -> torc
                 for part in torch.arange(len(latents)).split(64):
                     images, timesteps = bucket.images[part], torch.full((len(part),), t, device=device)
                     weight = None if bucket.weight is None else bucket.weight[part, 0]
-                    given = latents[part], noise[part], timesteps, encoded.text[images]
+                    given = latents[part], noise[part], timesteps, encoded.text[encoded.first_texts[images]]
                     loss = training_loss(unet, scheduler, *given, weight=weight)
                     total[images] += loss.cpu() / (8 * noises)
     return total

@@ -4,6 +4,7 @@ They come from a generator seeded with (seed, step) and are made for all process
 exactly where it stopped, and two processes of batch 5 train on what one process of batch 10 trains on.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ class StepSample:
     place: torch.Tensor  # of the image in its bucket, (B,)
     flip: torch.Tensor  # 1 where the mirror image is taken, else 0, (B,)
     drop_caption: torch.Tensor  # whether the caption is replaced by the empty one, (B,)
+    text: torch.Tensor  # the number of the image's text in the encoded ones, (B,)
     timestep: torch.Tensor  # (B,)
     noise: torch.Tensor  # (B, C, h, w)
     posterior_noise: torch.Tensor  # for sampling a latent from the VAE's mean and standard deviation, (B, C, h, w)
@@ -31,31 +33,38 @@ def sample_step(config: TrainConfig, step: int, size: int, encoded: Encoded, tim
     """The random choices of a step.
 
     The images of a step are of one bucket, whose turn it is (`choose_turn`); the images of a bucket come in shuffled
-    epochs, each image once an epoch. Timesteps are stratified: one from each of `size` equal
-    parts of the range, in random order.
+    epochs, each image as often as its repeats say. Of several texts of an image one is taken by chance.
+    Timesteps are stratified: one from each of `size` equal parts of the range, in random order.
 
     Args:
         step: number of the step, from 0.
         size: images in the step.
         timesteps: of the noise schedule.
     """
-    bucket, turn = choose_turn([len(b.images) for b in encoded.buckets], config.seed, step)
-    count, flips, *shape = encoded.buckets[bucket].mean.shape
+    repeats = encoded.repeats // math.gcd(*encoded.repeats.tolist())
+    bucket, turn = choose_turn([int(repeats[b.images].sum()) for b in encoded.buckets], config.seed, step)
+    _, flips, *shape = encoded.buckets[bucket].mean.shape
+    own = encoded.buckets[bucket].images
+    epoch_places = torch.repeat_interleave(torch.arange(len(own)), repeats[own])
+    count = len(epoch_places)
     places, stream = [], 1 if bucket == 0 else 1000 + bucket
     for position in range(turn * size, (turn + 1) * size):
         epoch, within = divmod(position, count)
         if not places or within == 0:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(config.seed, epoch, stream)))
-        places.append(order[within])
+        places.append(epoch_places[order[within]])
     generator = torch.Generator().manual_seed(mix_seed(config.seed, step, 2))
     fraction = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
     noise = torch.randn(size, *shape, generator=generator)
     if config.noise_offset:
         noise += config.noise_offset * torch.randn(size, shape[0], 1, 1, generator=generator)
+    image = own[torch.stack(places)]
+    fractions = torch.rand(size, generator=torch.Generator().manual_seed(mix_seed(config.seed, step, 5)))
     return StepSample(
         bucket=bucket,
-        image=encoded.buckets[bucket].images[torch.stack(places)],
+        image=image,
         place=torch.stack(places),
+        text=encoded.first_texts[image] + (fractions * encoded.text_counts[image]).long(),
         flip=torch.randint(0, flips, (size,), generator=generator),
         drop_caption=torch.rand(size, generator=generator) < config.caption_dropout,
         timestep=(fraction * timesteps).long().clamp(max=timesteps - 1),

@@ -16,7 +16,7 @@ from ..adapters import tuner_file
 from ..bases import properties
 from ..bases.text_encoding import check_clip_skip
 from ..tuners.config import FULL, TunerConfig
-from . import dataset, encoding, run_folder
+from . import caption_variants, dataset, encoding, run_folder
 from .buckets import AspectBuckets
 from .config import TrainConfig
 from .dataset import Pair
@@ -54,18 +54,24 @@ def encode_pairs(
     The VAE and the text encoder are moved to the CPU afterwards.
     """
     check_clip_skip(pipe.text_encoder, config.clip_skip)
-    long = encoding.truncated_captions([*pairs, *heldout], pipe.tokenizer, config.trigger_words, config.max_tokens)
+    texts = caption_variants.training_texts(pairs, config)
+    without = [p.name for p in pairs if not any("," in caption for caption in p.captions)]
+    if without and (config.shuffle_tags or config.tag_dropout):
+        log(f"{len(without)} images have captions without commas, so that no tags are found: {shorten_list(without)}")
+    texts_heldout = [[caption_variants.first_text(pair, config.trigger_words)] for pair in heldout]
+    names = [pair.name for pair in (*pairs, *heldout)]
+    long = encoding.truncated_texts(names, texts + texts_heldout, pipe.tokenizer, config.max_tokens)
     if long:
         advice = "--max_tokens 150 or 225 reads more" if config.max_tokens < 225 else "shorten them"
         log(f"{len(long)} captions exceed {config.max_tokens} tokens and are cut: {shorten_list(long)}; {advice}")
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
     models = (pipe.vae, pipe.tokenizer, pipe.text_encoder, buckets)
-    more = (config.trigger_words, config.mask_weight, config.clip_skip, config.max_tokens)
-    encoded = encoding.encode(pairs, *models, config.flip, *more).to(device, dtype)
+    more = (config.mask_weight, config.clip_skip, config.max_tokens)
+    encoded = encoding.encode(pairs, *models, config.flip, texts, *more).to(device, dtype)
     encoded_heldout = None
     if heldout:
-        encoded_heldout = encoding.encode(heldout, *models, False, *more).to(device, dtype)
+        encoded_heldout = encoding.encode(heldout, *models, False, texts_heldout, *more).to(device, dtype)
     pipe.vae.to("cpu")
     pipe.text_encoder.to("cpu")
     return encoded, encoded_heldout
@@ -112,7 +118,7 @@ def create_previews(
     if prompts:
         shapes = [Counter(shapes).most_common(1)[0][0]] * len(prompts)
     else:
-        prompts = [f"{config.trigger_words} {pair.caption}".strip() for pair in pairs[:4]]
+        prompts = [caption_variants.first_text(pair, config.trigger_words) for pair in pairs[:4]]
         true_images = [crop_to_shape(pair.open(), shape) for pair, shape in zip(pairs[:4], shapes)]
     guidance = config.guidance_scale
     if guidance is None:
@@ -143,7 +149,8 @@ def collect_digests(pipe, pairs: list[Pair], heldout: list[Pair]) -> dict:
             digest.update(f"{name} {tuple(tensor.shape)} {values.tolist()}".encode())
 
     def of_pairs(chosen: list[Pair]) -> dict[str, str]:
-        return {p.name: hashlib.sha256(f"{p.digest} {p.caption}".encode()).hexdigest()[:16] for p in chosen}
+        texts = {p.name: " ".join([p.digest, *p.captions]) + f" x {p.repeats}" * (p.repeats > 1) for p in chosen}
+        return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
     return {"base": digest.hexdigest()[:16], "train": of_pairs(pairs), "test": of_pairs(heldout)}
 

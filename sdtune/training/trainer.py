@@ -180,7 +180,7 @@ class Trainer:
             own = {name: self._to_device(x[first : first + size]) for name, x in tensors.items()}
             place, flip = own["place"], own["flip"]
             latents = bucket.mean[place, flip] + bucket.std[place, flip] * own["posterior_noise"]
-            states = torch.where(own["drop_caption"][:, None, None], encoded.empty, encoded.text[own["image"]])
+            states = torch.where(own["drop_caption"][:, None, None], encoded.empty, encoded.text[own["text"]])
             batches.append(dict(latents=latents, noise=own["noise"], timesteps=own["timestep"], states=states))
             if bucket.weight is not None:
                 batches[-1]["weight"] = bucket.weight[place, flip]

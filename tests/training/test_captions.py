@@ -139,7 +139,7 @@ def test_two_metadata_files_are_one_problem(tmp_path):
     ("[1]", "file_name and text"), ("[" * 500 + "]" * 500, "file_name and text"), ("null", "file_name and text"),
     ('{"text": "x"}', "file_name"),
     ('{"file_name": 3, "text": "x"}', "file_name"), ('{"file_name": "", "text": "x"}', "file_name"),
-    ('{"file_name": "b.png"}', "b.png needs a text"), ('{"file_name": "b.png", "text": ["x"]}', "b.png needs a text"),
+    ('{"file_name": "b.png"}', "b.png needs a text"), ('{"file_name": "b.png", "text": [1]}', "b.png needs a text"),
     ('{"file_name": "b.png", "text": null}', "b.png needs a text"), ('{"file_name": "a.png", "text": "x"}', "already"),
     ('{"file_name": "./a.png", "text": "x"}', "already"), ('{"file_name": "../b.png", "text": "x"}', "outside"),
     ('{"file_name": "/etc/b.png", "text": "x"}', "outside"),

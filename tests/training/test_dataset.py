@@ -313,7 +313,12 @@ def test_copies_of_images_are_told_within_and_between_train_and_test(tmp_path):
     assert any(line.startswith("1 of 1 held-out images are copies") and "c.png = a.png" in line for line in lines)
 
 
-def test_the_repeats_of_kohyas_folders_are_said_not_to_be_used(tmp_path):
-    write_image(tmp_path / "10_girl" / "a.png")
-    write_caption(tmp_path / "10_girl" / "a.txt")
-    assert any("10_girl" in note and "not used as repeats" in note for note in read_notes(tmp_path))
+def test_the_number_in_the_name_of_kohyas_folders_is_how_often_an_image_is_trained_on(tmp_path):
+    for name in ("10_girl/a.png", "1_girl/b.png", "plain/c.png", "2023_trip/d.png", "0_off/e.png"):
+        write_image(tmp_path / name)
+        write_caption((tmp_path / name).with_suffix(".txt"))
+    found = {p.name: p.repeats for p in dataset.read_pairs(tmp_path, BUCKETS, log=lambda _: None)}
+    assert found == {"0_off/e.png": 1, "10_girl/a.png": 10, "1_girl/b.png": 1, "2023_trip/d.png": 1, "plain/c.png": 1}
+    notes = read_notes(tmp_path)
+    assert any("as often as their folders say" in note and "10 x 10_girl" in note for note in notes)
+    assert any("no count of repeats from 1 to 100" in note and "2023_trip/d.png" in note for note in notes)

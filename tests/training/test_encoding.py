@@ -74,7 +74,7 @@ def test_encode_gives_scaled_moments_of_the_image_and_its_mirror_image(models):
     assert torch.equal(once.mean, again.mean)
 
 
-def test_encode_puts_trigger_words_before_each_caption_and_encodes_each_once(models):
+def test_encode_encodes_each_text_once(models):
     vae, tokenizer, encoder = models
     seen = []
 
@@ -84,7 +84,12 @@ def test_encode_puts_trigger_words_before_each_caption_and_encodes_each_once(mod
     hook = encoder.register_forward_pre_hook(watch)
     try:
         encoded = encoding.encode(
-            make_noise_pairs(["cat", "dog", "cat"]), vae, tokenizer, encoder, SQUARES, trigger_words="sks"
+            make_noise_pairs(["cat", "dog", "cat"]),
+            vae,
+            tokenizer,
+            encoder,
+            SQUARES,
+            texts=[["sks cat"], ["sks dog", "sks cat"], ["sks cat"]],
         )
     finally:
         hook.remove()
@@ -92,7 +97,7 @@ def test_encode_puts_trigger_words_before_each_caption_and_encodes_each_once(mod
     assert seen == list(map(tuple, ids.tolist()))
     with torch.no_grad():
         wanted = encoder(ids).last_hidden_state
-    torch.testing.assert_close(encoded.text, wanted[[0, 1, 0]])
+    torch.testing.assert_close(encoded.text, wanted[[0, 1, 0, 0]])
     torch.testing.assert_close(encoded.empty, wanted[2:])
 
 
@@ -127,7 +132,6 @@ def test_encoded_moves_the_text_to_a_dtype_and_keeps_the_moments_in_fp32(models)
     assert encoded.buckets[0].mean.dtype == encoded.buckets[0].std.dtype == torch.float32
 
 
-def test_truncated_captions_names_captions_that_are_too_long():
-    found = make_noise_pairs(["x" * 12, "x" * 13, "x"])
-    assert encoding.truncated_captions(found, Tokenizer()) == ["1.png"]
-    assert encoding.truncated_captions(found, Tokenizer(), "sks") == ["0.png", "1.png"]
+def test_images_with_a_text_that_is_too_long_are_named():
+    texts = [["x" * 12], ["x", "x" * 13], ["x"]]
+    assert encoding.truncated_texts(["a.png", "b.png", "c.png"], texts, Tokenizer()) == ["b.png"]
