@@ -34,10 +34,13 @@ def main() -> int:
     from transformers.hf_argparser import HfArgumentParser
 
     import sdtune
+    from sdtune.training.config_file import expand_arguments
 
     parser = HfArgumentParser((sdtune.TunerConfig, sdtune.TrainConfig), description=__doc__.split("\n")[0])
+    parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON, named as the flags, which win; "
+                        "also the config.json of a run, which is then repeated")  # fmt: skip
     try:
-        tuner, config = parser.parse_args_into_dataclasses()
+        tuner, config, *_ = parser.parse_args_into_dataclasses(expand_arguments(sys.argv[1:]))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,10 +20,11 @@ from .config import TrainConfig
 from .errors import TrainError, shorten_list
 
 FOLDER = "checkpoints"
+TRAINED_NAME = "trained.safetensors"  # with a moving average, the weights that are trained; the tuner is the average
 MANIFEST = "files.json"  # size in bytes and CRC-32 of every other file of a checkpoint
 # settings that a resumed run may change
 CHANGEABLE = {"steps", "checkpoint_every", "preview_every", "preview_prompts", "preview_steps", "guidance_scale",
-              "report_to", "data", "base", "author", "license"}  # fmt: skip
+              "report_to", "data", "base", "author", "license", "keep_last", "init"}  # fmt: skip
 # what runs did before there was an option, whose checkpoints do not name it
 BEFORE_OPTIONS = {"square": True, "mask_weight": 1.0}
 
@@ -140,6 +141,12 @@ def new_checkpoint(output: Path, step: int, accelerator: Accelerator):
     accelerator.wait_for_everyone()
 
 
+def delete_old(output: Path, keep_last: int | None) -> None:
+    """Deletes all checkpoints but the last `keep_last`; None keeps all."""
+    for folder in list_checkpoints(output)[: -keep_last if keep_last else 0]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_state(folder: Path, state: CheckpointState) -> None:
     values = {k: v for k, v in vars(state).items() if k != "best"}
     tuner_file.write_text(folder / "state.json", json.dumps(values))
@@ -161,7 +168,8 @@ def load(
         if (folder / "best.pt").exists():
             state.best = torch.load(folder / "best.pt", map_location=accelerator.device, weights_only=True)
         check_settings(folder, state, settings, tuner)
-        file = tuner_file.load(folder)
+        is_averaged = (folder / TRAINED_NAME).is_file()
+        file = tuner_file.load(folder, TRAINED_NAME) if is_averaged else tuner_file.load(folder)
         tuner_file.check_fits(file, {k: tuple(p.shape) for k, p in weights.items()}, folder)
         for name, p in weights.items():
             p.copy_(file.tensors[name])

@@ -32,11 +32,18 @@ class TrainConfig:
     steps: int = _option(500, "optimizer steps")
     batch_size: int = _option(10, "images per step and process")
     gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
+    init: str | None = _option(None, "a tuner file to start from; its kind, rank and layers are taken over, or the "
+                               "rank is made greater with --rank")  # fmt: skip
+    optimizer: Literal["adamw", "prodigy"] = _option(
+        "adamw", "prodigy chooses the learning rate by itself (arXiv 2306.06101); learning_rate then multiplies it"
+    )
     learning_rate: float | None = _option(None, "default: 1e-4, as published; 3e-3 for a UNet as small as tiny-sd's; "
-                                          "a tenth of these for full fine-tuning")  # fmt: skip
+                                          "a tenth of these for full fine-tuning; 1 for prodigy")  # fmt: skip
     lr_scheduler: Literal["constant", "cosine", "linear"] = _option("cosine", "shape of the rate after warm-up")
     lr_warmup_steps: int = _option(0, "steps over which the rate rises from 0")
-    weight_decay: float = _option(1e-2, "AdamW's weight decay")
+    weight_decay: float = _option(1e-2, "weight decay, decoupled as in AdamW")
+    ema_decay: float = _option(0.0, "keep the exponential moving average of the weights with this decay, such as "
+                               "0.99, instead of the last ones; 0 is off")  # fmt: skip
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0 is off")
     min_snr_gamma: float = _option(5.0, "min-SNR loss weights (arXiv 2303.09556); 0 is off")
     caption_dropout: float = _option(0.1, "share of captions that are replaced by the empty caption")
@@ -45,6 +52,8 @@ class TrainConfig:
     tag_dropout: float = _option(0.0, "share of the other tags that are left out")
     caption_variants: int = _option(20, "texts of each image that are encoded, of which a step takes one, where "
                                     "tags are shuffled or left out or captions have choices {red|blue}")  # fmt: skip
+    preserve: float = _option(0.0, "weight of a loss that keeps the base's predictions for captions without the trigger "
+                              "words and for the empty one; 0 is off")  # fmt: skip
     noise_offset: float = _option(0.0, "strength of a random offset of each noise channel; 0 is off")
     clip_skip: int = _option(1, "the text encoder's layer, as AUTOMATIC1111 counts: 1 is the last, 2 the one before, "
                              "on which nearly all anime checkpoints of Stable Diffusion 1.5 were trained; diffusers' "
@@ -67,6 +76,7 @@ class TrainConfig:
     gradient_checkpointing: bool = _option(False, "less memory, more time")
     seed: int = _option(0, "seed of the tuner's initial weights, the order of the images, and all noise")
     checkpoint_every: int = _option(200, "steps between checkpoints")
+    keep_last: int | None = _option(None, "how many checkpoints are kept, the last ones; default: all")
     preview_every: int = _option(200, "steps between previews and held-out losses; 0: only at the end")
     stop_when: Literal["memorising"] | None = _option(
         None, "memorising: stop when the loss on the held-out pictures rises, and keep the tuner from before that"
@@ -81,13 +91,17 @@ class TrainConfig:
     def __post_init__(self):
         minimum = dict(
             steps=1, batch_size=1, gradient_accumulation_steps=1, lr_warmup_steps=0, weight_decay=0, max_grad_norm=0,
-            min_snr_gamma=0, noise_offset=0, seed=0, checkpoint_every=1, preview_every=0, preview_steps=1,
+            min_snr_gamma=0, noise_offset=0, preserve=0, seed=0, checkpoint_every=1, preview_every=0, preview_steps=1,
             keep_tokens=0, caption_variants=1,
         )  # fmt: skip
         low = [n for n, m in minimum.items() if not getattr(self, n) >= m]
         wrong = [f"{n} is {getattr(self, n)}; it must be at least {minimum[n]}" for n in low]
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             wrong.append(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 <= self.ema_decay < 1:
+            wrong.append(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        if self.keep_last is not None and self.keep_last < 1:
+            wrong.append(f"keep_last is {self.keep_last}; it must be at least 1")
         if self.guidance_scale is not None and not self.guidance_scale >= 0:
             wrong.append(f"guidance_scale is {self.guidance_scale}; it must be at least 0")
         if not isinstance(self.clip_skip, int) or not 1 <= self.clip_skip <= 12:
@@ -106,7 +120,7 @@ class TrainConfig:
         if not re.fullmatch(r"[a-z0-9.-]*", self.license):
             wrong.append(f"license is {self.license!r}; expected an identifier of the hub, such as mit or cc-by-4.0")
         for name, choices in (("max_tokens", (75, 150, 225)),
-                              ("lr_scheduler", ("constant", "cosine", "linear")),
+                              ("lr_scheduler", ("constant", "cosine", "linear")), ("optimizer", ("adamw", "prodigy")),
                               ("stop_when", (None, "memorising")),
                               ("mixed_precision", (None, "no", "fp16", "bf16"))):  # fmt: skip
             if getattr(self, name) not in choices:

@@ -48,6 +48,7 @@ class Encoded:
         empty: the encoded empty caption, (1, tokens, width).
         text_counts: how many texts each image has, of which a step takes one, (n,), on the CPU; by default one.
         repeats: how many times as often as others each image is trained on, (n,), on the CPU; by default once.
+        plain: the encoded caption of each image without the trigger words, (n, tokens, width), if they are needed.
     """
 
     names: list[str]
@@ -56,6 +57,7 @@ class Encoded:
     empty: torch.Tensor
     text_counts: torch.Tensor | None = None
     repeats: torch.Tensor | None = None
+    plain: torch.Tensor | None = None
 
     def __post_init__(self):
         for name in ("text_counts", "repeats"):
@@ -72,6 +74,7 @@ class Encoded:
         return Encoded(
             self.names, [bucket.to(device) for bucket in self.buckets],
             self.text.to(device, dtype), self.empty.to(device, dtype), self.text_counts, self.repeats,
+            None if self.plain is None else self.plain.to(device, dtype),
         )  # fmt: skip
 
 
@@ -79,6 +82,7 @@ class Encoded:
 def encode(
     pairs: list[Pair], vae, tokenizer, text_encoder, buckets: AspectBuckets, flip: bool = False,
     texts: list[list[str]] | None = None, mask_weight: float = 1.0, clip_skip: int = 1, max_tokens: int = CHUNK,
+    plain_texts: list[str] | None = None,
 ) -> Encoded:  # fmt: skip
     """Encodes every image and every caption once, in the dtype of the models and on their device.
 
@@ -89,6 +93,7 @@ def encode(
         mask_weight: how much the masked parts of an image count in the loss, from 0 to 1.
         clip_skip: as in `text_encoding.encode_texts`.
         max_tokens: how many tokens of a caption are read, a multiple of 75.
+        plain_texts: the caption of each image without the trigger words, if they are to be encoded too.
 
     Raises:
         DataError: naming every image whose encoding is not finite, or of which all that is trained on is masked.
@@ -127,6 +132,7 @@ def encode(
         encode_text([""], tokenizer, text_encoder, clip_skip, max_tokens // CHUNK),
         torch.tensor([len(own) for own in texts]),
         torch.tensor([pair.repeats for pair in pairs]),
+        plain_texts and encode_text(plain_texts, tokenizer, text_encoder, clip_skip, max_tokens // CHUNK),
     )
 
 

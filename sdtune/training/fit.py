@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable
 
 from .. import extras
-from ..adapters import hub
+from ..adapters import hub, tuner_file
 from ..tuners.config import TunerConfig
 from . import checkpoints, run_folder
 from .config import TrainConfig
@@ -23,7 +23,7 @@ def fit(
     adapter_config.json with adapter_model.safetensors.
 
     Args:
-        tuner: what to train; by default `TunerConfig()`, a Res-Attn tuner.
+        tuner: what to train; by default what `config.init` holds, else `TunerConfig()`, a Res-Attn tuner.
         on_step: called after each step with the number of finished steps and the last loss (on a GPU, after the next
             step has begun). If it returns True, the run stops as it does after a signal.
 
@@ -36,8 +36,10 @@ def fit(
             weights are in the output folder.
     """
     extras.check("train")
+    if tuner is None:
+        tuner = tuner_file.load(config.init).config if config.init else TunerConfig()
     with run_folder.RunFolder() as folder:
-        return _run(Trainer(config, tuner or TunerConfig(), folder), on_step)
+        return _run(Trainer(config, tuner, folder), on_step)
 
 
 def _run(trainer: Trainer, on_step: Callable[[int, float], bool | None] | None) -> Result:

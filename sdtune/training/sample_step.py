@@ -24,6 +24,7 @@ class StepSample:
     flip: torch.Tensor  # 1 where the mirror image is taken, else 0, (B,)
     drop_caption: torch.Tensor  # whether the caption is replaced by the empty one, (B,)
     text: torch.Tensor  # the number of the image's text in the encoded ones, (B,)
+    preserve_empty: torch.Tensor  # whether `preserve` takes the empty caption, else the one without triggers, (B,)
     timestep: torch.Tensor  # (B,)
     noise: torch.Tensor  # (B, C, h, w)
     posterior_noise: torch.Tensor  # for sampling a latent from the VAE's mean and standard deviation, (B, C, h, w)
@@ -59,7 +60,8 @@ def sample_step(config: TrainConfig, step: int, size: int, encoded: Encoded, tim
     if config.noise_offset:
         noise += config.noise_offset * torch.randn(size, shape[0], 1, 1, generator=generator)
     image = own[torch.stack(places)]
-    fractions = torch.rand(size, generator=torch.Generator().manual_seed(mix_seed(config.seed, step, 5)))
+    text_generator = torch.Generator().manual_seed(mix_seed(config.seed, step, 5))
+    fractions = torch.rand(size, generator=text_generator)
     return StepSample(
         bucket=bucket,
         image=image,
@@ -67,6 +69,7 @@ def sample_step(config: TrainConfig, step: int, size: int, encoded: Encoded, tim
         text=encoded.first_texts[image] + (fractions * encoded.text_counts[image]).long(),
         flip=torch.randint(0, flips, (size,), generator=generator),
         drop_caption=torch.rand(size, generator=generator) < config.caption_dropout,
+        preserve_empty=torch.rand(size, generator=text_generator) < (1.0 if encoded.plain is None else 0.5),
         timestep=(fraction * timesteps).long().clamp(max=timesteps - 1),
         noise=noise,
         posterior_noise=torch.randn(size, *shape, generator=generator),

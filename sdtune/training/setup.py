@@ -4,13 +4,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
 
 from ..adapters import tuner_file
 from ..bases import properties
@@ -68,7 +71,8 @@ def encode_pairs(
     pipe.text_encoder.to(device)
     models = (pipe.vae, pipe.tokenizer, pipe.text_encoder, buckets)
     more = (config.mask_weight, config.clip_skip, config.max_tokens)
-    encoded = encoding.encode(pairs, *models, config.flip, texts, *more).to(device, dtype)
+    plain = [caption_variants.first_text(p, "") for p in pairs] if config.preserve and config.trigger_words else None
+    encoded = encoding.encode(pairs, *models, config.flip, texts, *more, plain).to(device, dtype)
     encoded_heldout = None
     if heldout:
         encoded_heldout = encoding.encode(heldout, *models, False, texts_heldout, *more).to(device, dtype)
@@ -91,19 +95,59 @@ def saved_tensor_hooks(unet, tuner: TunerConfig) -> AbstractContextManager:
     return nullcontext() if tuner.kind == FULL or needs_no_hooks else MemorySavingHooks(unet)
 
 
-def default_learning_rate(unet, tuner: TunerConfig) -> float:
-    """The rate of the paper; for a UNet as small as tiny-sd's a higher one, which gave a lower held-out loss."""
+def default_learning_rate(config: TrainConfig, unet, tuner: TunerConfig) -> float:
+    """The rate of the paper; for a UNet as small as tiny-sd's a higher one, which gave a lower held-out loss.
+
+    For Prodigy it is 1, a factor on the rate that it finds.
+    """
+    if config.optimizer == "prodigy":
+        return 1.0
     return (3e-3 if properties.is_small(unet) else 1e-4) * (0.1 if tuner.kind == FULL else 1)
 
 
 def create_optimizer(config: TrainConfig, weights: torch.nn.Parameter, learning_rate: float):
-    """AdamW on the vector of all weights, and its learning rate schedule with warm-up."""
-    optimizer = torch.optim.AdamW([weights], lr=learning_rate, weight_decay=config.weight_decay, fused=True)
+    """AdamW or Prodigy on the vector of all weights, and its learning rate schedule with warm-up.
+
+    Raises:
+        TrainError: if Prodigy's package is not installed.
+    """
+    if config.optimizer == "prodigy":
+        optimizer = _create_prodigy(weights, learning_rate, config.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW([weights], lr=learning_rate, weight_decay=config.weight_decay, fused=True)
     name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
     schedule = get_scheduler(
         name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
     )  # fmt: skip
     return optimizer, schedule
+
+
+def _create_prodigy(weights: torch.nn.Parameter, factor: float, weight_decay: float) -> torch.optim.Optimizer:
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise TrainError("--optimizer prodigy needs a package: pip install 'sdtune[train]'") from error
+    with redirect_stdout(None):  # it prints that its weight decay is decoupled
+        # with these two, as its authors advise for a schedule with warm-up and for diffusion models
+        return Prodigy([weights], lr=factor, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
+
+
+def create_average(config: TrainConfig, weights: torch.nn.Parameter) -> EMAModel | None:
+    """The moving average of the weights, or None if it is off. Its decay rises from 0 as (1 + n) / (10 + n)."""
+    return EMAModel([weights], decay=config.ema_decay) if config.ema_decay else None
+
+
+def describe_preservation(config: TrainConfig) -> list[str]:
+    """What a user should know about `preserve` with the other settings, a line each."""
+    lines = []
+    if config.preserve and not config.trigger_words:
+        lines.append("--preserve keeps the base for the empty caption only, since there are no --trigger_words")
+    if config.preserve and config.caption_dropout:
+        lines.append(
+            f"--preserve keeps the base for the empty caption, and --caption_dropout {config.caption_dropout:g} trains "
+            "the empty caption on pictures; --caption_dropout 0 ends this contradiction"
+        )
+    return lines
 
 
 def create_previews(
@@ -157,7 +201,8 @@ def collect_digests(pipe, pairs: list[Pair], heldout: list[Pair]) -> dict:
 
 def checkpoint_bytes(weights: torch.Tensor, config: TrainConfig) -> int:
     """About how many bytes a checkpoint takes: the tuner and two moments of Adam in fp32, and some for the rest."""
-    return weights.numel() * 4 * (4 if config.stop_when else 3) + 300_000
+    copies = 3 + bool(config.stop_when) + 2 * bool(config.ema_decay) + 2 * (config.optimizer == "prodigy")
+    return weights.numel() * 4 * copies + 300_000
 
 
 def describe_run(weights: torch.Tensor, accelerator: Accelerator, scheduler) -> str:
@@ -178,6 +223,15 @@ def prepare_output(output: Path, settings: dict, tuner: TunerConfig, step: int |
     run_folder.remove_leftovers(output, step)
     text = {"train": settings, "tuner": asdict(tuner), "versions": tuner_file.library_versions()}
     tuner_file.write_text(output / "config.json", json.dumps(text, indent=2) + "\n")
+
+
+def log_preview(accelerator: Accelerator, path: Path, step: int) -> None:
+    """Gives a preview to TensorBoard and to W&B, where they track the run."""
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            with Image.open(path) as picture:
+                tracker.log_images({"preview": np.asarray(picture.convert("RGB"))[None]}, step=step, **options)
 
 
 def start_trackers(accelerator: Accelerator, settings: dict, tuner: TunerConfig) -> None:

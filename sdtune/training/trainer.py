@@ -21,7 +21,7 @@ from ..bases import load, properties
 from ..inference import grids, plots
 from ..kernels.cuda import graphs
 from ..tuners.config import TunerConfig
-from . import checkpoints, run_folder, setup
+from . import checkpoints, initial_weights, preservation, run_folder, setup
 from .accelerator import create_accelerator
 from .buckets import AspectBuckets
 from .checkpoints import CheckpointState
@@ -97,6 +97,8 @@ class Trainer:
         self.unet = unet = kernels.to_channels_last(pipe.unet.to(device, dtype))
         api.add_tuner(unet, tuner, ADAPTER_NAME)
         self.weights = FlatWeights(api.tuner_parameters(unet, ADAPTER_NAME))
+        if config.init and not checkpoint:
+            initial_weights.load_initial_weights(config.init, tuner, self.weights.named)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.attention_precision = setup.attention_precision(config, unet)
@@ -105,10 +107,13 @@ class Trainer:
         self.train_on_batch = graphs.CudaGraphed(self._compute_gradients) if use_graph else self._compute_gradients
 
         # optimizer, previews, held-out loss
-        learning_rate = config.learning_rate or setup.default_learning_rate(unet, tuner)
+        learning_rate = config.learning_rate or setup.default_learning_rate(config, unet, tuner)
         optimizer, self.lr_scheduler = setup.create_optimizer(config, self.weights.vector, learning_rate)
         self.optimizer = accelerator.prepare(optimizer)
         accelerator.register_for_checkpointing(self.lr_scheduler)
+        self.average = setup.create_average(config, self.weights.vector)
+        if self.average:
+            accelerator.register_for_checkpointing(self.average)
         self.previews = setup.create_previews(config, pipe, ADAPTER_NAME, accelerator, heldout or pairs, buckets)
         self.heldout = HeldOutLoss(unet, self.scheduler, encoded_heldout, keep_best=bool(config.stop_when))
         self.settings = setup.collect_settings(config, buckets.resolution, learning_rate, accelerator)
@@ -127,6 +132,8 @@ class Trainer:
             run_folder.require_space(self.output, setup.checkpoint_bytes(self.weights.vector, config), "a checkpoint")
         if config.report_to:
             setup.start_trackers(accelerator, self.settings, tuner)
+        for line in setup.describe_preservation(config):
+            self._print(f"note: {line}")
         self._print(setup.describe_run(self.weights.vector, accelerator, self.scheduler))
         set_training_mode(unet, True)
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.is_main)
@@ -153,7 +160,10 @@ class Trainer:
             accelerator.clip_grad_norm_([vector], self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        if self.average:
+            self.average.step([vector])
+        # Prodigy multiplies the schedule by the rate that it has found
+        learning_rate = self.lr_scheduler.get_last_lr()[0] * self.optimizer.param_groups[0].get("d", 1.0)
         self.lr_scheduler.step()  # also where loss scaling skipped the update, so that the schedule ends on time
 
         self.next_batches = self._sample_batches(self.done + 1)
@@ -184,13 +194,16 @@ class Trainer:
             batches.append(dict(latents=latents, noise=own["noise"], timesteps=own["timestep"], states=states))
             if bucket.weight is not None:
                 batches[-1]["weight"] = bucket.weight[place, flip]
+            if config.preserve:
+                plain = encoded.empty if encoded.plain is None else encoded.plain[own["image"]]
+                batches[-1]["kept_states"] = torch.where(own["preserve_empty"][:, None, None], encoded.empty, plain)
         return sample.image, batches
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         device = self.accelerator.device
         return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
-    def _compute_gradients(self, latents, noise, timesteps, states, weight=None) -> torch.Tensor:
+    def _compute_gradients(self, latents, noise, timesteps, states, weight=None, kept_states=None) -> torch.Tensor:
         """The loss of each image of a batch, (B,); adds the gradient of their mean to `self.weights.vector.grad`."""
         self.weights.copy_to_model()
         with self.attention_precision(), self.saved_tensor_hooks:
@@ -198,6 +211,10 @@ class Trainer:
                 self.unet, self.scheduler, latents, noise, timesteps, states, self.config.min_snr_gamma, weight
             )
             self.accelerator.backward(losses.mean() / self.config.gradient_accumulation_steps)
+            if kept_states is not None:
+                kept = preservation.preservation_loss(self.unet, self.scheduler, latents, noise, timesteps, kept_states)
+                factor = self.config.preserve / self.config.gradient_accumulation_steps
+                self.accelerator.backward(kept.mean() * factor)
         self.weights.collect_gradients()
         return losses.detach()
 
@@ -268,15 +285,32 @@ class Trainer:
         with self._evaluation_mode():
             self.heldout.measure(self.done, self.weights.vector)
             tuned = self.previews.draw_grid(path, f"tuned, step {self.kept_step}") if self.is_main else []
-        if self.is_main and self.config.report_to and self.done in self.heldout.losses:
-            self.accelerator.log({"held-out loss": self.heldout.means()[self.done]}, step=self.done)
+        if self.is_main and self.config.report_to:
+            if self.done in self.heldout.losses:
+                self.accelerator.log({"held-out loss": self.heldout.means()[self.done]}, step=self.done)
+            setup.log_preview(self.accelerator, path, self.done)
         return tuned
 
     @contextmanager
     def _evaluation_mode(self):
-        self.weights.copy_to_model()
-        with evaluation_mode(self.pipe, self.accelerator.device):
+        with self._averaged_weights():
+            self.weights.copy_to_model()
+            with evaluation_mode(self.pipe, self.accelerator.device):
+                yield
+
+    @contextmanager
+    def _averaged_weights(self):
+        """A context in which the weights are their moving average, if there is one; what is done to them is undone."""
+        if not (self.average or self.heldout.best):
             yield
+            return
+        trained = self.weights.vector.detach().clone()
+        if self.average:
+            self.average.copy_to([self.weights.vector])
+        try:
+            yield
+        finally:
+            self.weights.vector.data.copy_(trained)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -302,8 +336,13 @@ class Trainer:
             run_folder.require_space(self.output, needed, f"the checkpoint of step {self.done}")
         with checkpoints.new_checkpoint(self.output, self.done, self.accelerator) as folder:
             if self.is_main:
-                self._save_tuner(folder / tuner_file.FILE_NAME, torch.float32)
+                if self.average:
+                    self._save_tuner(folder / checkpoints.TRAINED_NAME, torch.float32)
+                with self._averaged_weights():
+                    self._save_tuner(folder / tuner_file.FILE_NAME, torch.float32)
                 checkpoints.write_state(folder, state)
+        if self.is_main:
+            checkpoints.delete_old(self.output, self.config.keep_last)
 
     def _check_weights(self) -> None:
         if not torch.isfinite(self.weights.vector).all():
@@ -315,19 +354,20 @@ class Trainer:
         self._check_weights()
         with self._evaluation_mode():
             self.heldout.measure(self.done, self.weights.vector)
-        last = self.weights.vector.detach().clone()
-        if self.heldout.best:
-            self.kept_step, best_weights = self.heldout.best
-            self.weights.vector.data.copy_(best_weights)
-        if self.is_main:
-            self._save_tuner(self.output / tuner_file.FILE_NAME)
-        self.weights.vector.data.copy_(last)
+        with self._averaged_weights():
+            if self.heldout.best:
+                self.kept_step, best_weights = self.heldout.best
+                self.weights.vector.data.copy_(best_weights)
+            if self.is_main:
+                self._save_tuner(self.output / tuner_file.FILE_NAME)
         self.kept_step = self.done
 
     def _restore(self, folder: Path) -> None:
         """Continues from a checkpoint that was written with the same settings."""
         state = checkpoints.load(folder, self.accelerator, self.weights.named, self.settings, asdict(self.tuner))
         checkpoints.drop_what_changed(state, self.digests, self._print)
+        if self.average:
+            self.average.to(self.accelerator.device)
         self.done = self.kept_step = self.good_step = state.step
         self.losses = state.losses
         self.heldout.losses, self.heldout.best = state.heldout, state.best
@@ -369,12 +409,21 @@ class Trainer:
             self.kept_step, best_weights = self.heldout.best
             self._print(f"keeping the tuner of step {self.kept_step}, with the lowest held-out loss")
             self.weights.vector.data.copy_(best_weights)
+        elif self.average:
+            self.average.copy_to([self.weights.vector])
+        self.average = None  # what is drawn and saved from here on are these weights
         path, preview, plot = (self.output / n for n in (tuner_file.FILE_NAME, "preview.png", "loss.png"))
         if self.is_main:
             self._save_tuner(path)
             weights = self.weights.vector.data
             weights.copy_(weights.half())  # the file is fp16; the preview is drawn with exactly its weights
         tuned = self._draw_preview(preview)
+        if self.config.preserve:
+            with self._evaluation_mode():
+                change = preservation.measure_change(self.unet, self.scheduler, self.encoded)
+            self._print(
+                f"without the trigger words the prediction differs from the base's by {change:.2%} of its error"
+            )
         if self.is_main:
             self._save_tuner(path, thumbnail=grids.thumbnail(tuned[0]))
             peft_files.save_peft_files(self.output, tuner_file.load(path))
