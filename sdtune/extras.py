@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-_TRAIN = ("numba", "llvmlite", "matplotlib")
+_TRAIN = ("numba", "llvmlite", "matplotlib", "prodigyopt")
 PACKAGES = {
     "train": _TRAIN,
     "page": ("gradio", *_TRAIN),

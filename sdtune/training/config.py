@@ -52,7 +52,7 @@ class TrainConfig:
     tag_dropout: float = _option(0.0, "share of the other tags that are left out")
     caption_variants: int = _option(20, "texts of each image that are encoded, of which a step takes one, where "
                                     "tags are shuffled or left out or captions have choices {red|blue}")  # fmt: skip
-    preserve: float = _option(0.0, "weight of a loss that keeps the base's predictions for captions without the trigger "
+    preserve: float = _option(0.0, "weight of a loss that keeps the base's predictions for captions without trigger "
                               "words and for the empty one; 0 is off")  # fmt: skip
     noise_offset: float = _option(0.0, "strength of a random offset of each noise channel; 0 is off")
     clip_skip: int = _option(1, "the text encoder's layer, as AUTOMATIC1111 counts: 1 is the last, 2 the one before, "

@@ -106,11 +106,7 @@ def default_learning_rate(config: TrainConfig, unet, tuner: TunerConfig) -> floa
 
 
 def create_optimizer(config: TrainConfig, weights: torch.nn.Parameter, learning_rate: float):
-    """AdamW or Prodigy on the vector of all weights, and its learning rate schedule with warm-up.
-
-    Raises:
-        TrainError: if Prodigy's package is not installed.
-    """
+    """AdamW or Prodigy on the vector of all weights, and its learning rate schedule with warm-up."""
     if config.optimizer == "prodigy":
         optimizer = _create_prodigy(weights, learning_rate, config.weight_decay)
     else:
@@ -123,10 +119,8 @@ def create_optimizer(config: TrainConfig, weights: torch.nn.Parameter, learning_
 
 
 def _create_prodigy(weights: torch.nn.Parameter, factor: float, weight_decay: float) -> torch.optim.Optimizer:
-    try:
-        from prodigyopt import Prodigy
-    except ImportError as error:
-        raise TrainError("--optimizer prodigy needs a package: pip install 'sdtune[train]'") from error
+    from prodigyopt import Prodigy
+
     with redirect_stdout(None):  # it prints that its weight decay is decoupled
         # with these two, as its authors advise for a schedule with warm-up and for diffusion models
         return Prodigy([weights], lr=factor, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)

@@ -10,6 +10,7 @@ from image_folders import assert_only_problem, metadata_row, write_caption, writ
 from training_runs import have_equal_tensors, last_checkpoint, short_run
 
 import sdtune
+from sdtune.adapters import tuner_file
 from sdtune.training import caption_variants, dataset, encoding, errors, sample_step, trainer
 from sdtune.training.buckets import AspectBuckets
 
@@ -103,7 +104,8 @@ def test_options_out_of_range_are_refused(options, sentence):
 
 def test_a_run_with_all_of_it_is_killed_and_resumes_to_the_same_bits(pairs, tmp_path, monkeypatch):
     (pairs / "train/0.txt").write_text("1girl, {red|blue} hair, smile\na girl, " + "very long, " * 40)
-    changes = dict(shuffle_tags=True, keep_tokens=1, tag_dropout=0.3, clip_skip=2, max_tokens=150, trigger_words="sks")
+    changes = dict(shuffle_tags=True, keep_tokens=1, tag_dropout=0.3, caption_variants=4, clip_skip=2, max_tokens=150,
+                   trigger_words="sks", resolution=128)  # fmt: skip
     sdtune.fit(short_run(pairs, tmp_path / "straight", **changes))
 
     step = trainer.Trainer.step
@@ -121,7 +123,5 @@ def test_a_run_with_all_of_it_is_killed_and_resumes_to_the_same_bits(pairs, tmp_
         sdtune.fit(short_run(pairs, tmp_path / "broken", **{**changes, "tag_dropout": 0.5}, resume=True))
     result = sdtune.fit(short_run(pairs, tmp_path / "broken", **changes, resume=True))
     assert have_equal_tensors(last_checkpoint(tmp_path / "straight/run"), last_checkpoint(tmp_path / "broken/run"))
-    from sdtune.adapters import tuner_file
-
     training = tuner_file.load(result.tuner).training
     assert {k: training[k] for k in changes} == changes and len(result.losses) == 4
