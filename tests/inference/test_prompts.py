@@ -61,7 +61,7 @@ def test_encode_prompt_makes_a_plain_call_of_the_pipeline_draw_what_compare_draw
 
 def test_the_end_of_a_long_prompt_counts(pipe):
     start = "cat " * 75
-    assert np.abs(draw(pipe, start + "red") - draw(pipe, start + "blue sky")).max() > 1
+    assert (draw(pipe, start + "red") != draw(pipe, start + "blue sky")).any()
 
 
 def test_the_file_remembers_the_clip_skip_and_an_unusable_one_counts_as_unknown(pipe, skipping):

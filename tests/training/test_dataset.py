@@ -281,7 +281,7 @@ def test_hub_problems_are_listed_at_once(hub, tmp_path):
     tiny = write_image(tmp_path / "far" / "a.png", (4, 4)).read_bytes()
     hub["train"] = Rows([
         {"image": {"bytes": tiny, "path": None}, "text": "x"}, {"image": None, "text": "x"},
-        {"image": {"bytes": b"zzz", "path": None}, "text": ["x"]}, {"image": {"bytes": tiny[:50]}, "text": None},
+        {"image": {"bytes": b"zzz", "path": None}, "text": [3]}, {"image": {"bytes": tiny[:50]}, "text": None},
     ])  # fmt: skip
     found = read_problems("owner/name")
     assert sorted(line.split(":")[0] for line in found) == ["row 0", "row 1", "row 2", "row 2", "row 3", "row 3"]
