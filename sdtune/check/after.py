@@ -1,9 +1,8 @@
 """The pictures of a run after it: the loss of each over the run, which were never learnt, and which by heart first."""
 
-import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,10 +11,8 @@ from PIL import Image
 
 from ..adapters import api, tuner_file
 from ..bases import load
-from ..training import checkpoints, setup
+from ..training import checkpoints, run_folder, setup
 from ..training.buckets import AspectBuckets
-from ..training.config import TrainConfig
-from ..training.errors import TrainError
 from ..training.images import crop_to_shape
 from ..training.loss import denoising_errors
 from .sheet import THUMBNAIL_SIDE, Card
@@ -94,7 +91,7 @@ class _Run:
     """A run as its output folder describes it, and the pictures that it trained on."""
 
     def __init__(self, folder: Path):
-        self.folder, self.config = folder, _read_config(folder)
+        self.folder, self.config = folder, run_folder.read_config(folder)
         self.buckets = AspectBuckets(self.config.resolution, self.config.square)
         self.pairs, self.heldout = setup.read_pairs(self.config, self.buckets, lambda _: None)
 
@@ -121,7 +118,7 @@ class _Run:
 
         measure_at(0)
         for step, path in tuners.items():
-            name = api.load_tuner(pipe, path, "measured")
+            name = api.attach_file(pipe, path, "measured")
             measure_at(step)
             api.unload_tuner(pipe, name)
         return PictureLosses(*found)
@@ -131,18 +128,6 @@ def _card(pair, buckets: AspectBuckets, title: str, text: str, noted: bool, curv
     image = crop_to_shape(pair.open(), buckets.shape_for(pair.size))
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     return Card(image, title, text, noted, curve)
-
-
-def _read_config(folder: Path) -> TrainConfig:
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]
-        known = {field.name for field in fields(TrainConfig)}
-        settings = {k: v for k, v in {**checkpoints.BEFORE_OPTIONS, **settings}.items() if k in known}
-        return TrainConfig(**settings, output=str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TrainError(
-            f"{folder / 'config.json'} cannot be read ({error}); expected what a training wrote"
-        ) from error
 
 
 def _tuners(folder: Path) -> dict[int, Path]:

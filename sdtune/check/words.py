@@ -42,7 +42,8 @@ def measure_words(words: str, pairs: list[Pair], base: str, buckets: AspectBucke
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     encoded = encoding.encode(pairs, *models).to(pipe.device, torch.float32)
     without = denoising_errors(pipe.unet, scheduler, encoded)
-    encoded.text = encoding.encode(pairs, *models, trigger_words=words).text.to(pipe.device)
+    texts = [f"{words} {pair.caption}" for pair in pairs]
+    encoded.text = encoding.encode_text(texts, pipe.tokenizer, pipe.text_encoder).to(pipe.device)
     change = denoising_errors(pipe.unet, scheduler, encoded) / without - 1
     mean = change.mean().item()
     error = (change.std() / len(change) ** 0.5).item() if len(change) > 1 else float("inf")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -109,6 +110,22 @@ class RunFolder:
         self._lock = lock
         with suppress(OSError):  # the lock holds without it
             (folder / _LOCK).write_text(json.dumps({"process": os.getpid()}))
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The settings of a run, from the config.json in its output folder.
+
+    Raises:
+        TrainError: if it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["train"]
+        known = {field.name for field in fields(TrainConfig)}
+        settings = {k: v for k, v in {**checkpoints.BEFORE_OPTIONS, **settings}.items() if k in known}
+        return TrainConfig(**settings, output=str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TrainError(f"{path} cannot be read ({error}); expected what a training wrote") from error
 
 
 def describe_content(folder: Path) -> str:
