@@ -61,7 +61,7 @@ def score_steps(folder: Path, prompts: int, drawing_steps: int) -> tuple[list[Sc
     heldout = heldout[:prompts]
     if len(heldout) < 2:
         raise TrainError(
-            f"{config.data} has {len(heldout)} held-out pictures, and choosing a step needs 2 or more in its folder test/"
+            f"{config.data} has {len(heldout)} held-out pictures, and choosing a step needs 2 or more, in test/"
         )
     device = default_device()
     features.feature_network(device)  # fails at once if its packages are missing
