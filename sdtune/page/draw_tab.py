@@ -67,7 +67,7 @@ def build_draw_tab(window: Window) -> None:
         try:
             settings = Settings(
                 prompt or "", negative or "", to_int(seed), to_int(steps), float(guidance), to_int(width) or None,
-                to_int(height) or None, to_int(clip_skip) or None, to_int(images), sampler, columns,
+                to_int(height) or None, to_int(images), sampler, columns, to_int(clip_skip) or None,
             )  # fmt: skip
             job = backend.drawings.draw_columns(request.session_hash, settings)
         except ValueError as error:

@@ -35,10 +35,10 @@ class Settings:
     guidance: float = 7.5
     width: int | None = None
     height: int | None = None
-    clip_skip: int | None = None
     images: int = 1
     sampler: str = ""
     columns: list[dict[str, float]] = field(default_factory=lambda: [{}])
+    clip_skip: int | None = None
 
     def check(self) -> None:
         """Raises a ValueError that lists all settings that are out of range."""

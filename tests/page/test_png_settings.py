@@ -12,12 +12,12 @@ from sdtune.page.png_settings import Settings, read_png, write_png
 
 def test_a_png_keeps_the_settings_that_it_was_drawn_with(tmp_path):
     columns = [{}, {"a": 1.0}, {"a": 0.5, "ü": -0.25}]
-    settings = Settings("a girl, 猫", "blurry", 7, 12, 4.5, 128, 192, 2, "DDIM", columns)
+    settings = Settings("a girl, 猫", "blurry", 7, 12, 4.5, 128, 192, 2, "DDIM", columns, 2)
     path = write_png(tmp_path / "x.png", Image.new("RGB", (128, 192)), settings, 2, 1, "tiny-sd")
     assert read_png(path) == settings
     text = Image.open(path).text["parameters"]
     assert text.startswith("a girl, 猫\nNegative prompt: blurry\nSteps: 12, Sampler: DDIM, CFG scale: 4.5, Seed: 8, ")
-    assert "Size: 128x192" in text and '"a: 0.5, ü: -0.25"' in text
+    assert "Size: 128x192" in text and "Clip skip: 2" in text and '"a: 0.5, ü: -0.25"' in text
 
 
 def png_with(path: Path, **texts) -> Path:
@@ -29,10 +29,12 @@ def png_with(path: Path, **texts) -> Path:
 
 
 def test_settings_of_automatic1111_are_read(tmp_path):
-    text = "a cat\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768"
+    text = (
+        "a cat\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768, Clip skip: 2"
+    )
     found = read_png(png_with(tmp_path / "a.png", parameters=text))
     assert (found.prompt, found.negative_prompt, found.steps, found.seed) == ("a cat", "dog", 20, 5)
-    assert (found.sampler, found.guidance, found.width, found.height) == ("Euler a", 7.0, 512, 768)
+    assert (found.sampler, found.guidance, found.width, found.height, found.clip_skip) == ("Euler a", 7.0, 512, 768, 2)
 
 
 def test_files_from_before_there_were_width_and_height_are_read(tmp_path):
