@@ -54,10 +54,10 @@ def training_status(job: Job, name: str, before: int = 0) -> str:
         return progress_bar(_waiting_text(f"“{name}” is waiting", before), 0, 1)
     if job.state == "failed":
         return message(job.error, error=True)
+    if job.state in ("done", "stopped") and job.resumable:  # "stopped" if it was so before the page was started
+        return message(f"“{name}” was stopped at step {job.done} of {job.total}. Its last checkpoint is in Files.")
     if job.state == "stopped":
         return message("Stopped before the first step, so there is no tuner.")
-    if job.state == "done" and job.resumable:
-        return message(f"“{name}” was stopped at step {job.done} of {job.total}. Its last checkpoint is in Files.")
     if job.state == "done":
         return message(f"“{name}” is trained, after {job.seconds:.0f} seconds. The tuner is in Files.")
     if job.stop_requested:

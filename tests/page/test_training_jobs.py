@@ -9,6 +9,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 import sdtune
 from sdtune.adapters import tuner_file
+from sdtune.page import html_parts
 from sdtune.page.backend import Backend
 from sdtune.page.errors import PageError
 from sdtune.page.training_jobs import TrainingRun, check_base
@@ -100,6 +101,7 @@ def test_an_unfinished_training_is_found_on_the_disk_after_a_restart(pairs, tmp_
     restarted = backend.trainings
     job = restarted.shown_in("new window")
     assert job.resumable and job.state == "stopped" and (job.done, job.total) == (1, 3)
+    assert "was stopped at step 1 of 3" in html_parts.training_status(job, job.run.name)
     assert job.run.config.output == config.output and job.run.tuner == sdtune.TunerConfig(rank=2)
     restarted.close_window("new window")  # a reload of the page
     resumed = restarted.resume("another window")
