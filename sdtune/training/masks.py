@@ -3,6 +3,10 @@
 A mask is a file next to its picture, `name-mask.png` or `name.mask.png`, or with OneTrainer's name,
 `name-masklabel.png`; or, as kohya's scripts are used, a file of the picture's name in a folder `FOLDER_mask` next to
 the pictures' folder. The transparent parts of a picture are masked too.
+
+What is masked does not count by default, because it would be learnt as a white ground: after 200 steps on 12 of the
+bundled pictures, cut out as ellipses, 66 % of the corners of drawn pictures were white (above 245 of 255) with a weight
+of 1, 2 % with 0.1, where they were still brighter than the base's, and 0.3 % with 0 (2.8 % with the base alone).
 """
 
 import io
