@@ -1,7 +1,9 @@
 """Writes a LoRA or DoRA file for other programs: `python -m sdtune.adapters.export FILE --to kohya`.
 
 sdtune writes LoRAs in kohya's key names anyway. A DoRA it writes in PEFT's, which diffusers reads exactly; ComfyUI,
-Forge and others read kohya's names, with `dora_scale` for the magnitudes.
+Forge and others read kohya's names, with `dora_scale` for the magnitudes m. As in LyCORIS they stand for
+m * (W + BA) / |W + BA|, with the norm of each output. ComfyUI and Forge compute m * (W + BA) / |W|
+(github.com/Comfy-Org/ComfyUI/pull/15458, open in August 2026), which is near to it only.
 """
 
 import argparse
@@ -57,6 +59,12 @@ def main() -> int:
     args = parser.parse_args()
     try:
         print(export_to_kohya(args.file, args.output))
+        if tuner_file.load(args.file).config.kind == "dora":
+            print(
+                "note: ComfyUI and Forge scale a DoRA by another norm than diffusers, so they draw a picture near to "
+                "that of diffusers, not the same; a LoRA draws the same",
+                file=sys.stderr,
+            )
     except (tuner_file.TunerFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -92,7 +92,10 @@ def model_card(file: TunerFile, repo: str, pictures: int, heldout: dict[int, flo
     if config.kind == "lora":
         comfyui = "Put the file into `models/loras` and use ComfyUI's own Load LoRA node."
     elif config.kind == "dora":
-        comfyui = "Write it for ComfyUI with `python -m sdtune.adapters.export FILE --to kohya` first."
+        comfyui = (
+            "Write it for ComfyUI with `python -m sdtune.adapters.export FILE --to kohya` first; ComfyUI draws it "
+            "nearly as diffusers does, not exactly."
+        )
     elif config.kind in KINDS:
         comfyui = (
             f"Put `{tuner_file.FILE_NAME}` into `models/tuners` and use the node Load Tuner (sdtune), which is in "

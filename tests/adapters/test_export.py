@@ -23,6 +23,7 @@ def test_a_dora_is_written_in_kohyas_key_names(base, tmp_path):
     path = sdtune.save_tuner(pipe, tmp_path / "dora.safetensors", "dora")
     done = export(path)
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "dora-kohya.safetensors")
+    assert "note: ComfyUI and Forge scale a DoRA by another norm than diffusers" in done.stderr
     found, expected = load_file(tmp_path / "dora-kohya.safetensors"), tuner_file.load(path).tensors
     assert len(found) == len(expected) / 3 * 4  # of each layer down, up, magnitudes, and alpha
     block = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"

@@ -232,6 +232,17 @@ def test_the_example_workflow_fits_the_nodes(comfyui):
         required = kinds[nodes[target]["type"]].INPUT_TYPES()["required"]
         name = into["name"]
         assert name in required and (required[name][0] == type_name or into.get("widget") == {"name": name})
+    [ours] = (n for n in nodes.values() if n["type"] == "SdtuneLoadTuner")
+    assert len(ours["widgets_values"]) == 2 and ours["widgets_values"][1] == 1.0  # tuner and strength
+    assert [o["name"] for o in ours["outputs"]] == list(kinds["SdtuneLoadTuner"].RETURN_NAMES)
+
+
+def test_comfyuis_registry_finds_what_it_needs_in_pyproject():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    found = tomllib.loads((ROOT / "sdtune/integrations/comfyui/pyproject.toml").read_text())
+    assert {"name", "version", "description", "license"} <= found["project"].keys()
+    assert found["project"]["license"].keys() == {"text"} and not found["project"]["dependencies"]
+    assert {"PublisherId", "DisplayName"} <= found["tool"]["comfy"].keys()
 
 
 ALONE = """
