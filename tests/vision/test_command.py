@@ -181,3 +181,15 @@ def test_names_of_methods_give_the_settings_they_say():
     config = parse_method("res_attn-8x2@attn1+ff:res_adapter").config
     assert (config.rank, config.num_heads, config.ops, config.ffn_kind) == (8, 2, ["attn1", "ff"], "res_adapter")
     assert all(parse_method(name) for name in PAPER_PARAMETERS)
+
+
+def test_crops_show_a_part_of_the_picture_and_half_of_them_are_flipped():
+    torch.manual_seed(0)
+    ramp = torch.linspace(0, 1, 32).expand(400, 3, 32, 32)  # brighter to the right
+    found = training.augment(ramp, "crop_flip")
+    slopes = (found[:, 0, 16, 31] - found[:, 0, 16, 0]).tolist()
+    assert found.shape == ramp.shape and found.min() >= 0 and found.max() <= 1
+    assert 150 < sum(s < 0 for s in slopes) < 250
+    shown = [abs(s) for s in slopes]  # the share of the width
+    assert min(shown) > 0.2 and max(shown) <= 1 and max(shown) - min(shown) > 0.5
+    assert training.augment(ramp, "none") is ramp
