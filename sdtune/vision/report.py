@@ -62,9 +62,7 @@ def markdown(results: dict, methods: list[str], data: list[str]) -> str:
         f"Base {base}, {layers}{size}{s['epochs']} epochs of batch {s['batch_size']}, mixed precision "
         f"{s['mixed_precision']}, augmentation {s['augment']}; accuracy in percent, in brackets the 95 % bootstrap "
         "interval over test pictures and seeds.", "",
-        "; ".join(f"{d}: {results['data'][d]['train'] + results['data'][d]['val']} training pictures, "
-                  f"{results['data'][d]['test']} test, {len(results['data'][d]['classes'])} classes, {seeds[d]} seeds"
-                  for d in data) + ".", "",
+        "; ".join(_describe(d, results["data"][d], seeds[d]) for d in data) + ".", "",
         "Parameters in thousands, without and with the head (mean over the data sets). Memory is what training needs "
         "beyond the weights of the base: what autograd saves, gradients, AdamW. The paper's column is its Param. on "
         "ViT-B/16 as printed, in millions; it is no result of ours.", "",
@@ -106,10 +104,21 @@ def verdict(results: dict, methods: list[str], data: list[str]) -> list[str]:
         group = "better than" if e.low > 0 else "worse than" if e.high < 0 else "not told from"
         groups[group].append(f"{method} ({100 * e.value:+.1f}, {100 * e.low:+.1f} to {100 * e.high:+.1f})")
     return [
-        f"Mean accuracy over {len(data)} data set(s), in points, minus that of {reference}, on the same pictures and "
-        "seeds, with 95 % intervals:", "",
+        f"Mean accuracy over {_plural(len(data), 'data set')}, in points, minus that of {reference}, on the same "
+        "pictures and seeds, with 95 % intervals:", "",
         *(f"- {group} {reference}: {', '.join(of)}" for group, of in groups.items()),
     ]  # fmt: skip
+
+
+def _describe(name: str, own: dict, seeds: int) -> str:
+    return (
+        f"{name}: {own['train'] + own['val']} training pictures, {own['test']} test, {len(own['classes'])} classes, "
+        f"{_plural(seeds, 'seed')}"
+    )
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def _percent(e: Estimate | None) -> str:
