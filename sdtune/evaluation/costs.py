@@ -11,6 +11,7 @@ from unittest.mock import patch
 from ..adapters import tuner_file
 from ..benchmark import processes
 from ..benchmark.candidates import Job
+from .methods import TRAINING
 from .runs import BASE, Evaluation, read_json
 from .tasks import TASKS
 
@@ -28,7 +29,9 @@ def measure_costs(evaluation: Evaluation) -> dict[str, dict]:
     """
     settings, path = evaluation.settings, evaluation.output / "costs.json"
     kept: dict[str, list[dict]] = read_json(path)
-    tuners = {BASE: None} | {name: asdict(config) for name, config in evaluation.methods.items()}
+    # the benchmark trains with the trainer's defaults, so a method with other settings is not measured
+    plain = {name: config for name, config in evaluation.methods.items() if name not in TRAINING}
+    tuners = {BASE: None} | {name: asdict(config) for name, config in plain.items()}
     with tempfile.TemporaryDirectory() as work_folder, patch.dict(os.environ):
         os.environ.pop("OMP_NUM_THREADS", None)  # which suits several processes at once
         job = Job(
@@ -59,5 +62,5 @@ def measure_costs(evaluation: Evaluation) -> dict[str, dict]:
                 name, "draw", lambda found: statistics.median(found["seconds"]) / settings.batch_size
             ),
         }
-        for name in tuners
+        for name in (BASE, *evaluation.methods)
     }

@@ -9,7 +9,18 @@ GROUPS = {
     "paper": ["res_attn", "res_adapter", "res_prefix", "res_prompt"],
     "baselines": ["lora", "lora_ff", "lora_conv", "dora", "full"],
     "dual": ["res_attn", "dual", "dual_swapped"],
+    "training": ["res_attn", "no_dropout", "preserve", "prodigy", "ema"],
     "ablation": ["res_attn", "2x4", "8x4", "8x8", "mha", "ffn", "block"],
+}
+
+
+# Settings of the trainer that a method has beside its tuner. `preserve` keeps the base for the empty caption alone, as
+# the tasks have no trigger words; without caption dropout, which would train that caption on pictures: as `no_dropout`.
+TRAINING = {
+    "no_dropout": {"caption_dropout": 0.0},
+    "preserve": {"caption_dropout": 0.0, "preserve": 1.0},
+    "prodigy": {"optimizer": "prodigy"},
+    "ema": {"ema_decay": 0.99},
 }
 
 
@@ -39,6 +50,7 @@ def methods(unet) -> dict[str, TunerConfig]:
         "lora_conv": matched("rank", kind="lora", ops=[*attention, "ff", "conv"]),
         "dora": matched("rank", kind="dora", ops=attention),
         "full": TunerConfig(kind="full"),
+        **{name: TunerConfig() for name in TRAINING},
         "2x4": TunerConfig(rank=2),
         "8x4": TunerConfig(rank=8),
         "8x8": TunerConfig(rank=8, num_heads=8),

@@ -27,7 +27,7 @@ from ..training.errors import Stopped, TrainError
 from ..training.fit import fit
 from ..tuners.config import FULL, TunerConfig
 from . import features
-from .methods import GROUPS, EvaluationError, methods
+from .methods import GROUPS, TRAINING, EvaluationError, methods
 from .model import EvaluatedModel, default_device
 from .tasks import TASKS, UNRELATED_PROMPTS, Task, read_task, write_pairs
 
@@ -102,7 +102,7 @@ class Evaluation:
             for pair in task.train + task.test:
                 pairs.update(pair.caption.encode() + pair.open().tobytes())
             now[f"task {task.name}"] = pairs.hexdigest()[:12]
-        now |= {f"method {name}": asdict(config) for name, config in self.methods.items()}
+        now |= {f"method {name}": asdict(c) | TRAINING.get(name, {}) for name, c in self.methods.items()}
         path = self.output / "settings.json"
         then = json.loads(path.read_text()) if path.exists() else {}
         changed = [f"{k} was {then[k]} and is {now[k]}" for k in now if k in then and then[k] != now[k]]
@@ -159,6 +159,8 @@ class Evaluation:
 
     def rates(self, name: str) -> list[float]:
         """The learning rates to choose from; for full fine-tuning a tenth, as the trainer's default is."""
+        if TRAINING.get(name, {}).get("optimizer") == "prodigy":
+            return [1.0]
         return sorted(r / 10 if self.methods[name].kind == FULL else r for r in self.settings.rates)
 
     def choose_rate(self, task: Task, name: str) -> dict:
@@ -213,6 +215,7 @@ class Evaluation:
             batch_size=self.settings.batch_size, seed=seed or 0, mixed_precision=self.precision, preview_every=0,
             preview_steps=1, preview_prompts=captions[:1], checkpoint_every=-(-steps // 5),
             resume=any((folder / "checkpoints").glob("step-*/state.json")),
+            **TRAINING.get(self.reference if label == SHUFFLED else label, {}),
         )  # fmt: skip
         run = {"failed": None, "rate": rate, "seed": seed}
         folder.mkdir(parents=True, exist_ok=True)

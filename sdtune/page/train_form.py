@@ -5,15 +5,18 @@ import gradio as gr
 from ..training.config import TrainConfig
 from ..tuners.config import TunerConfig, fields_of
 from .controls import QUIET
-from .files import LAYER_NAMES
+from .files import LAYER_NAMES, AdapterFiles
+
+FRESH = "a fresh tuner"
 
 
-def build_more_fields(base: str, kind: gr.Dropdown) -> dict[str, gr.components.Component]:
+def build_more_fields(base: str, kind: gr.Dropdown, files: AdapterFiles) -> dict[str, gr.components.Component]:
     """Lays out the fields, by their names in `TrainConfig` and `TunerConfig`; those without effect are hidden.
 
     Args:
         base: the loaded base.
         kind: the field with the kind of tuner, on which it depends which fields have an effect.
+        files: of which a training can start from a tuner.
     """
     default, tuner, form = TrainConfig(), TunerConfig(), {}
     with gr.Row():
@@ -52,6 +55,17 @@ def build_more_fields(base: str, kind: gr.Dropdown) -> dict[str, gr.components.C
                                        min_width=122)  # fmt: skip
         form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, info="Of all noise.", min_width=122)
     with gr.Row():
+        form["optimizer"] = gr.Dropdown([("AdamW", "adamw"), ("Prodigy, finds the learning rate", "prodigy")],
+                                        value=default.optimizer, label="Optimizer", min_width=200)  # fmt: skip
+        form["ema_decay"] = gr.Number(0, label="Averaged weights", minimum=0, maximum=0.9999, min_width=122,
+                                      info="Decay, as 0.99. 0: off.")  # fmt: skip
+        form["preserve"] = gr.Number(0, label="Preserve the base", minimum=0, min_width=122,
+                                     info="Without trigger words. 0: off.")  # fmt: skip
+        form["init"] = gr.Dropdown([(FRESH, ""), *files.labels()], value="", label="Start from", min_width=200,
+                                   info="Kind and size are then that tuner's.")  # fmt: skip
+        # the list is read again when it is opened, since files come and go
+        form["init"].focus(lambda: gr.update(choices=[(FRESH, ""), *files.labels()]), None, form["init"], **QUIET)
+    with gr.Row():
         form["flip"] = gr.Checkbox(
             False, label="Also train on mirrored images", info="Leave it off if left and right matter."
         )
@@ -67,6 +81,8 @@ def build_more_fields(base: str, kind: gr.Dropdown) -> dict[str, gr.components.C
                                           info="Steps. 0: only at the end.")  # fmt: skip
         form["checkpoint_every"] = gr.Number(default.checkpoint_every, label="Checkpoint every", precision=0, minimum=1,
                                              info="Steps. Compare them in Grid.", min_width=200)  # fmt: skip
+        form["keep_last"] = gr.Number(None, label="Keep checkpoints", precision=0, minimum=0, min_width=200,
+                                      info="The last ones. 0: all.")  # fmt: skip
     form["preview_prompts"] = gr.Textbox(
         label="Preview prompts", lines=2, info="One per line. Empty: the first captions."
     )

@@ -54,7 +54,7 @@ def build_train_tab(window: Window) -> tuple:
                 steps = gr.Number(default.steps, label="Steps", precision=0, minimum=1, min_width=200,
                                   info="Too many steps overfit.", elem_id="train-steps")  # fmt: skip
             with gr.Accordion("More settings", open=False):
-                more = build_more_fields(backend.base, kind)
+                more = build_more_fields(backend.base, kind, backend.files)
             with gr.Row():
                 train = gr.Button("Train", variant="primary", elem_id="train")
                 stop = gr.Button("Stop", interactive=False, elem_id="stop-train")

@@ -25,7 +25,7 @@ ASSETS = Path(__file__).parents[2] / "assets"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TUNER_NUMBERS = ("rank", "num_heads", "length")
 _NUMBERS = (*_TUNER_NUMBERS, "batch_size", "resolution", "preview_every", "checkpoint_every", "seed",
-            "clip_skip", "keep_tokens", "max_tokens")  # fmt: skip
+            "clip_skip", "keep_tokens", "max_tokens", "keep_last")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,14 @@ class Trainings:
         Raises:
             ValueError: if a setting is out of range.
         """
-        zero_means_default = ("learning_rate", "resolution")
+        zero_means_default = ("learning_rate", "resolution", "keep_last")
         more = {k: v for k, v in more.items() if v not in (None, "") and (v or k not in zero_means_default)}
         more |= {k: int(more[k]) for k in _NUMBERS if k in more}
         tuner = {k: more.pop(k) for k in ("ops", *_TUNER_NUMBERS) if k in more}
         tuner = TunerConfig(kind=kind, **{k: v for k, v in tuner.items() if k in fields_of(kind)})
+        if "init" in more:  # a label of the list of files, never a path that a browser sends
+            more["init"] = str(self.files.get(more["init"]).path)
+            tuner = tuner_file.load(more["init"]).config
         prompts = [line.strip() for line in more.pop("preview_prompts", "").splitlines()]
         more["preview_prompts"] = [prompt for prompt in prompts if prompt]
         more["base"] = check_base(more.get("base"), self.base)

@@ -43,6 +43,17 @@ def test_a_base_from_the_page_is_never_a_path_of_the_server(tmp_path, monkeypatc
             check_base(text, "tiny-sd")
 
 
+def test_a_training_can_start_from_a_listed_file_whose_kind_and_size_it_takes_over(backend):
+    label = next(label for label in backend.files.labels() if "res_attn" in label)
+    plan = backend.trainings.plan
+    run = plan(None, [], "bundled", "mine", "lora", 5, {"init": label, "rank": 9, "keep_last": 0, "clip_skip": 2.0})
+    assert run.config.init == str(backend.files.get(label).path)
+    assert run.tuner == tuner_file.load(run.config.init).config and run.tuner.kind == "res_attn"
+    assert run.config.keep_last is None and run.config.clip_skip == 2
+    with pytest.raises(PageError, match="There is no adapter file"):
+        plan(None, [], "bundled", "mine", "lora", 5, {"init": "/etc/passwd"})
+
+
 def test_a_name_belongs_to_the_first_training_that_uses_it(backend, wait_for):
     first = backend.trainings.start("a", make_run(backend))
     with pytest.raises(PageError, match="has just taken the name mine"):
