@@ -33,8 +33,9 @@ def test_a_finished_result_is_never_replaced_and_a_new_run_takes_a_new_folder(pa
     (tmp_path / "run").rename("output/anime")
     with pytest.raises(errors.TrainError, match="not finite"):
         sdtune.fit(short_run(pairs, tmp_path, output=None, steps=3, learning_rate=1e39))
-    assert "output/anime holds a finished tuner, tuner.safetensors; this run writes to output/anime-2" in (
-        capsys.readouterr().out
+    assert (
+        "output/anime holds a finished tuner, tuner.safetensors and adapter_model.safetensors; this run writes to"
+        in (capsys.readouterr().out)
     )
     assert (tmp_path / "output/anime/tuner.safetensors").read_bytes() == content
     assert list((tmp_path / "output/anime-2").glob("last-good*.safetensors"))
