@@ -8,7 +8,7 @@ from pathlib import Path
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..tuners.config import FULL, LORAS
+from ..tuners.config import KINDS, LORAS
 from . import disk
 from .operations import CHILD_NAME
 from .peft_config import ResAttnConfig
@@ -23,9 +23,10 @@ def save_peft_files(folder: Path, file: TunerFile) -> None:
     """Writes what `PeftModel.from_pretrained(unet, folder)` reads, each file atomically.
 
     PEFT reads its own keys and file names only, so this is a copy of the weights in the tuner file. There is none of a
-    full fine-tuning, which would be as large as the UNet, and none of a tuner of a vision model.
+    full fine-tuning, which would be as large as the UNet, none of the kinds that are there for comparisons on vision
+    models, and none of a tuner of a vision model.
     """
-    if file.config.kind == FULL or "family" in file.base:
+    if file.config.kind not in (*KINDS, *LORAS) or "family" in file.base:
         return
     tensors, base, rank = {}, file.base.get("name"), file.config.rank
     if file.config.kind in LORAS:

@@ -1,5 +1,6 @@
 """What tuners on the vision models of transformers promise: the base stays as it was, and a file carries the head."""
 
+import copy
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 import sdtune
 from sdtune.adapters import api, tuner_file
 from sdtune.adapters.export import export_to_kohya
+from sdtune.adapters.peft_files import save_peft_files
 from sdtune.tuners.config import ALL_KINDS
 
 SMALL = dict(
@@ -203,3 +205,17 @@ def test_what_is_for_stable_diffusion_alone_refuses_a_tuner_of_a_vision_model(tm
     for call in (lambda: export_to_kohya(file), lambda: sdtune.push_to_hub(tmp_path, "owner/name")):
         with pytest.raises(sdtune.TunerFileError, match="which is vit; this model is a Stable Diffusion UNet"):
             call()
+
+
+@pytest.mark.parametrize("kind", ["adapter", "ssf", "vpt", "bypass"])
+def test_kinds_for_comparisons_come_back_from_a_file_on_a_unet_and_leave_no_files_of_peft(base, tmp_path, kind):
+    unet = copy.deepcopy(base.unet)
+    sdtune.add_tuner(unet, sdtune.TunerConfig(kind=kind), "a")
+    stir(unet, "a")
+    file = sdtune.save_tuner(unet, tmp_path, "a", dtype=torch.float32)
+    save_peft_files(tmp_path, tuner_file.load(file))
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    weights = {k: p.detach().clone() for k, p in api.tuner_parameters(unet, "a").items()}
+    sdtune.unload_tuner(unet, "a")
+    sdtune.load_tuner(unet, file, "b")
+    assert all(torch.equal(p, weights[k]) for k, p in api.tuner_parameters(unet, "b").items())
