@@ -1,5 +1,6 @@
 """Puts the result of a training run on the Hugging Face hub: the file, its settings, pictures, and a model card."""
 
+import base64
 import json
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from .tuner_file import TunerFile
 
 LORA_FILE_NAME = tuner_file.LORA_FILE_NAME
 HELDOUT_NAME = "heldout.json"  # in the output folder of a run
+SAMPLE = "images/sample.jpg"  # in the repository: the first preview prompt, as the tuner draws it
 
 
 def push_to_hub(
@@ -55,9 +57,11 @@ def prepare_files(folder: Path, path: Path, file: TunerFile, staging: Path, repo
         if (folder / name).is_file():
             shutil.copyfile(folder / name, staging / name)
     pictures = [p for p in (folder / "preview.png", *sorted(folder.glob("previews/*.png"))[-3:]) if p.is_file()]
+    (staging / "images").mkdir()
     for i, picture in enumerate(pictures):
-        (staging / "images").mkdir(exist_ok=True)
         shutil.copyfile(picture, staging / "images" / f"{i}.png")
+    if file.thumbnail:
+        (staging / SAMPLE).write_bytes(base64.b64decode(file.thumbnail.partition(",")[2]))
     save_peft_files(staging, file)
     card = model_card(file, repo, len(pictures), _heldout_losses(folder), (folder / "loss.png").is_file())
     (staging / "README.md").write_text(card, encoding="utf-8")
@@ -78,15 +82,13 @@ def model_card(file: TunerFile, repo: str, pictures: int, heldout: dict[int, flo
     tags = ["text-to-image", "stable-diffusion", "stable-diffusion-diffusers", "diffusers-training", "sdtune"]
     tags += ["lora", "template:sd-lora"] if is_lora else []
     tags += [kind.replace("_", "-")]
-    prompts = file.training.get("preview_prompts") or [
-        file.trigger_words or "a picture in the style of the training set"
-    ]
     more = {"license": file.license} if file.license else {}
     more |= {"instance_prompt": file.trigger_words} if file.trigger_words else {}
     if base.count("/") == 1:  # the id of a hub repository, not a folder or a file
         more |= {"base_model": base, "base_model_relation": "adapter"}
-    if pictures:
-        more["widget"] = [{"text": prompts[0], "output": {"url": f"images/{i}.png"}} for i in range(pictures)]
+    prompts = file.training.get("preview_prompts") or []
+    if file.thumbnail and prompts:
+        more["widget"] = [{"text": prompts[0], "output": {"url": SAMPLE}}]
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **more)
     base_code = base if base.count("/") == 1 or base == "tiny-sd" else f"path/to/{base}"
     if config.kind == "lora":
@@ -110,8 +112,10 @@ def model_card(file: TunerFile, repo: str, pictures: int, heldout: dict[int, flo
     ]
     lines += ["", f"Made by {file.author}."] if file.author else []
     lines += ["", f"Trigger words: `{file.trigger_words}`"] if file.trigger_words else []
-    lines += ["", "<Gallery />"] if pictures else []
-    lines += ["", "The pictures show the base beside the tuned model, from the same noise."] if pictures else []
+    lines += ["", "<Gallery />"] if "widget" in more else []
+    if pictures:
+        lines += ["", "## The base beside the tuned model, from the same noise"]
+        lines += ["", *(f"![the preview prompts](images/{i}.png)" for i in range(pictures))]
     if heldout:
         steps = sorted(heldout)
         lines += ["", "## Loss on pictures that were held out", "", "| step | loss |", "| --- | --- |"]

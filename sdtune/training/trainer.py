@@ -378,7 +378,8 @@ class Trainer:
 
     def _save_tuner(self, path: Path, dtype: torch.dtype = torch.float16, thumbnail: str = "") -> Path:
         config = self.config
-        training = {**self.settings, "steps_done": self.kept_step, "images": len(self.encoded.names)}
+        training = {**self.settings, "preview_prompts": self.previews.prompts}
+        training |= {"steps_done": self.kept_step, "images": len(self.encoded.names)}
         file = tuner_file.TunerFile(
             self.tuner, self.weights.named, self.base, config.trigger_words, training,
             author=config.author, license=config.license, thumbnail=thumbnail,
