@@ -12,7 +12,7 @@ import sys
 
 from sdtune.kernels.cpu import heap
 from sdtune.training import launch
-from sdtune.training.errors import Stopped, TrainError
+from sdtune.training.errors import Stopped, TrainError, is_out_of_memory
 
 HOW_TO_LOAD = """
 Load it with:
@@ -30,7 +30,6 @@ def main() -> int:
     launch.print_start()
 
     # these imports take seconds, so they come after the first line that the user sees
-    import torch
     from transformers.hf_argparser import HfArgumentParser
 
     import sdtune
@@ -54,7 +53,9 @@ def main() -> int:
     except (TrainError, ValueError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         advice = "a smaller --batch_size with --gradient_accumulation_steps, or --gradient_checkpointing, needs less"
         print(f"\nerror: the memory is full; {advice}. What is in the output folder stays", file=sys.stderr)
         return 1

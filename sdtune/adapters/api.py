@@ -16,7 +16,7 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 
 from ..bases.properties import describe_base, get_unet
 from ..tuners.config import LORAS, NOAH, PEFT_METHODS, TunerConfig
-from . import foreign_lora, inject, lora, noah, state, tuner_file
+from . import diffusers_guards, foreign_lora, inject, lora, noah, state, tuner_file
 
 
 def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub) -> str:
@@ -63,6 +63,7 @@ def attach_file(
     pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub
 ) -> str:
     """`load_tuner` for callers that draw with the tuner's own clip skip: without the warning."""
+    _replace_wrapper(pipe)
     unet = get_unet(pipe)
     taken, name = getattr(unet, "peft_config", {}), adapter_name
     if name is None:
@@ -82,7 +83,7 @@ def attach_file(
 
 
 def _load_plain_lora(pipe, path: Path, name: str) -> None:
-    if pipe is get_unet(pipe):
+    if not hasattr(pipe, "unet"):
         raise tuner_file.TunerFileError(
             f"{path} is a LoRA of another tool; load it into a pipeline, not into a bare {type(pipe).__name__}"
         )
@@ -93,12 +94,13 @@ def _load_plain_lora(pipe, path: Path, name: str) -> None:
         except tuner_file.TunerFileError:
             raise
         except Exception as error:  # diffusers raises many kinds
-            if any(name in names for names in pipe.get_list_adapters().values()):
+            if any(name in (getattr(model, "peft_config", None) or {}) for model in models):
                 pipe.delete_adapters(name)
             reason = " ".join(str(error).split())[:300]
             raise tuner_file.TunerFileError(f"{path} is a LoRA that does not fit this base: {reason}") from error
     pipe.enable_lora()
     pipe.set_adapters(name)
+    diffusers_guards.guard_saving(pipe.unet)
 
 
 def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tuner_0") -> str:
@@ -111,6 +113,7 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tune
     Raises:
         ValueError: if the name is taken or cannot be one, or the UNet lacks the operations.
     """
+    _replace_wrapper(pipe)
     inject.check_new_name(get_unet(pipe), adapter_name)
     _attach(pipe, config or TunerConfig(), adapter_name)
     return adapter_name
@@ -155,7 +158,8 @@ def _attach(pipe, config: TunerConfig, name: str, tensors: dict[str, torch.Tenso
     unet = get_unet(pipe)
     with _offloading_paused(pipe):
         _adapter_module(config).add_adapter(unet, config, name, tensors)
-        if pipe is not unet and not _is_wrapped(pipe):
+        diffusers_guards.guard_saving(unet)
+        if hasattr(pipe, "unet"):
             pipe.set_adapters(name)  # deactivates a LoRA in the text encoder, too
 
 
@@ -202,12 +206,21 @@ def unload_tuner(pipe, adapter_name: str) -> None:
     """
     config = tuner_config(pipe, adapter_name)
     with _offloading_paused(pipe):
-        _adapter_module(config).remove_adapter(get_unet(pipe), adapter_name, None if _is_wrapped(pipe) else pipe)
+        unet = get_unet(pipe)
+        _adapter_module(config).remove_adapter(unet, adapter_name, pipe if hasattr(pipe, "unet") else None)
+        if not getattr(unet, "peft_config", None):
+            unet.__dict__.pop("save_pretrained", None)
 
 
-def _is_wrapped(pipe) -> bool:
-    """Whether the UNet is in torch.compile's wrapper, in which diffusers' pipelines find no adapters."""
-    return hasattr(getattr(pipe, "unet", pipe), "_orig_mod")
+def _replace_wrapper(pipe) -> None:
+    """Puts the UNet itself, compiled in place, where `pipe.unet = torch.compile(pipe.unet)` has put a wrapper.
+
+    A pipeline of diffusers finds no adapters in the wrapper: `set_adapters` fails, and `disable_lora` does nothing.
+    """
+    wrapper = getattr(pipe, "unet", None)
+    if unet := getattr(wrapper, "_orig_mod", None):
+        unet._compiled_call_impl = wrapper.dynamo_ctx(unet._call_impl)  # as `unet.compile` does, with the same options
+        pipe.unet = unet
 
 
 @contextmanager
@@ -216,11 +229,11 @@ def _offloading_paused(pipe):
 
     Uses three of diffusers' private helpers: there are no public ones, and its own loaders use these.
     """
-    if pipe is get_unet(pipe):  # a bare UNet
+    if not hasattr(pipe, "unet"):  # a bare UNet
         try:
             yield
         finally:
-            _maybe_remove_and_reapply_group_offloading(pipe)
+            _maybe_remove_and_reapply_group_offloading(get_unet(pipe))
         return
     model, sequential, group = pipe._optionally_disable_offloading(pipe)
     try:

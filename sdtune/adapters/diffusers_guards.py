@@ -1,4 +1,10 @@
-"""Replacements of four LoRA methods of diffusers' UNet, which do not know of tuners, while tuners are attached."""
+"""Replacements of five methods of diffusers' UNet, which do not know of tuners, while tuners are attached."""
+
+import warnings
+from functools import partial
+
+from diffusers import ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..tuners.config import FULL
 from .hook import cannot_fuse_message, tuner_layers, tuner_names
@@ -46,3 +52,36 @@ def set_adapters(unet, adapter_names, weights=None):
         if full:
             raise ValueError(f"no weights per block while {full[0]!r}, a full fine-tuning, is attached; give a number")
     type(unet).set_adapters(unet, adapter_names, weights)
+
+
+def guard_saving(unet) -> None:
+    """Makes `save_pretrained`, also a pipeline's, write the base alone and say that it leaves the adapters out."""
+    if isinstance(unet, ModelMixin):  # transformers' models have another method
+        unet.save_pretrained = partial(save_pretrained, unet)
+
+
+def save_pretrained(
+    unet, save_directory, is_main_process=True, *, safe_serialization=True, variant=None, max_shard_size="10GB", **more
+):
+    """diffusers' `save_pretrained`, which would write adapters in a form that `from_pretrained` does not read, and the
+    layers below a LoRA under names that it does not know."""
+    if names := list(getattr(unet, "peft_config", None) or {}):
+        warnings.warn(
+            f"save_pretrained writes the base without its adapters {', '.join(map(repr, names))}; save each of them "
+            "with sdtune.save_tuner(pipe, path, name) (a LoRA of another tool is in its own file)",
+            stacklevel=3,
+        )
+        layers = [path for path, module in unet.named_modules() if isinstance(module, BaseTunerLayer)]
+        state = {
+            key.replace(".base_layer", ""): tensor
+            for key, tensor in unet.state_dict().items()
+            if not any(key.startswith(f"{p}.") and not key.startswith(f"{p}.base_layer.") for p in layers)
+        }
+        unet.state_dict = lambda *_, **__: state
+    try:
+        type(unet).save_pretrained(
+            unet, save_directory, is_main_process, safe_serialization=safe_serialization, variant=variant,
+            max_shard_size=max_shard_size, **more,
+        )  # fmt: skip
+    finally:
+        unet.__dict__.pop("state_dict", None)

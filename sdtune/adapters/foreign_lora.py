@@ -28,6 +28,7 @@ _SAME = {"lora_down": "A", "lora.down": "A", "lora_linear_layer.down": "A", "lor
          "lora_linear_layer.up": "B", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}  # fmt: skip
 _PREFIXES = (("lora_unet_", "unet"), ("lora_te_", "text_encoder"), ("lora_te1_", "text_encoder"),
              ("text_encoder.", "text_encoder"), ("unet.", "unet"), ("base_model.model.", "unet"))  # fmt: skip
+_FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
 _OTHER_FAMILIES = {
     "Stable Diffusion XL": r"^(lora_te2_|text_encoder_2\.)",
     "Flux or Stable Diffusion 3": r"^(transformer\.|lora_transformer_|lora_unet_(double|single)_blocks|lora_te3_)",
@@ -70,7 +71,9 @@ def inspect(path: Path, unet, text_encoder=None) -> ForeignLora:
     """
     try:
         with safe_open(path, framework="pt") as f:
-            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
+            slices = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118
+            shapes = {k: tuple(s.get_shape()) for k, s in slices.items()}
+            odd_kinds = {k: s.get_dtype() for k, s in slices.items() if s.get_dtype() not in _FLOATS}
     except (SafetensorError, OSError) as error:
         raise TunerFileError(f"{path} is not a whole safetensors file ({error})") from error
     for family, pattern in _OTHER_FAMILIES.items():
@@ -78,6 +81,14 @@ def inspect(path: Path, unet, text_encoder=None) -> ForeignLora:
             raise TunerFileError(
                 f"{path} is a LoRA for {family}, which this base is not; use it with a base of that kind"
             )
+    wrong = [f"{k} ({d})" for k, d in odd_kinds.items() if not k.endswith("alpha")]
+    wrong += [f"{k} (no elements)" for k, shape in shapes.items() if not _count(shape)]
+    wrong += [f"{k} ({_count(shapes[k])} values)" for k in shapes if k.endswith("alpha") and _count(shapes[k]) > 1]
+    if wrong:
+        raise TunerFileError(
+            f"{path} holds tensors that a LoRA cannot have: {list_some(wrong)}; expected weights of 16, 32 or 64 bit "
+            "floats and one alpha for each layer; get the file again, or convert it with the tool that made it"
+        )
     known = {"unet": _modules(unet), "text_encoder": None if text_encoder is None else _modules(text_encoder)}
     found = ForeignLora(path, "LoRA", any(k.startswith("base_model.model.") for k in shapes))
     parts_seen, odd, unknown = set(), [], {}
@@ -154,6 +165,8 @@ def _kind(path: Path, parts: set[str], odd: list[str], shapes: dict) -> str:
         kinds.append("weight decomposition")
     if len(kinds) != 1 or kinds[0] not in ("LoRA", "DoRA", "LoHa", "LoKr"):
         what = " and ".join(kinds) or f"keys such as {list_some(odd or list(shapes), 2)}"
+        if kinds == ["OFT"]:  # a weight of 0.5 would silently be 1, and LyCORIS's blocks would be other ones
+            what = "OFT (PEFT's has no weight, and rotates the inputs of a layer where LyCORIS's rotates the outputs)"
         raise TunerFileError(
             f"{path} holds {what}, which is not read; LoRA, DoRA, LoHa or LoKr are, one of them in a file. Convert it "
             "to a LoRA with the tool that made it"
@@ -171,6 +184,14 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
             module = known[model][_plain(path)][1] if known[model] is not None else None
             wide = None if module is None else tuple(module.weight.shape)
             if found.kind in ("LoRA", "DoRA"):
+                flat = [
+                    p
+                    for p in ("A", "B")
+                    if p in parts and len(shapes[parts[p]]) not in ((len(wide),) if wide else (2, 4))
+                ]
+                if flat:
+                    wrong.append(f"{path} has a matrix of {len(shapes[parts[flat[0]]])} dimensions")
+                    continue
                 if wide and "A" in parts and shapes[parts["A"]][1:2] != wide[1:2]:
                     wrong.append(f"the input of {path} is {shapes[parts['A']][1]} wide, this base's is {wide[1]}")
                     continue
@@ -179,7 +200,11 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
                     continue
                 down, up = shapes[parts["A"]], shapes[parts["B"]]
                 found.rank = max(found.rank, down[0])
-                if wide and (down[1:2] != wide[1:2] or up[:1] != wide[:1] or up[1:2] != down[:1]):
+                if up[1:2] != down[:1]:
+                    wrong.append(f"{path} has a rank of {down[0]} in one matrix and of {up[1]} in the other")
+                elif wide and down[2:] != wide[2:]:
+                    wrong.append(f"{path} has kernels of {list(down[2:])}, this base's are {list(wide[2:])}")
+                elif wide and (down[1:2] != wide[1:2] or up[:1] != wide[:1]):
                     wrong.append(f"{path} is {down[1]} to {up[0]} wide, this base's is {wide[1]} to {wide[0]}")
                 if found.kind == "DoRA" and "magnitude" not in parts:
                     wrong.append(f"{path} has no dora_scale")
@@ -237,25 +262,27 @@ def load(pipe, path: Path, name: str) -> None:
         )
     if found.kind in ("LoHa", "LoKr"):
         _load_lycoris(pipe, found, tensors, name)
-    elif found.kind == "DoRA" or found.is_peft or found.unknown:
-        pipe.load_lora_weights(_peft_tensors(found, tensors), adapter_name=name)
     else:
-        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        pipe.load_lora_weights(_peft_tensors(found, tensors), adapter_name=name)
     if told := found.left_out():
         warnings.warn(f"{path}: {told}", stacklevel=4)
 
 
 def _peft_tensors(found: ForeignLora, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The known layers of a LoRA or DoRA in diffusers' format, with alpha / rank multiplied into B."""
+    """The known layers of a LoRA or DoRA in diffusers' format, with alpha / rank multiplied into B.
+
+    diffusers (0.42) itself applies the alpha that most layers have to all of them.
+    """
     scale, result = _peft_scale(found) if found.is_peft else None, {}
     for model, layers in found.layers.items():
         for path, parts in layers.items():
             down, up = tensors[parts["A"]], tensors[parts["B"]]
             own = scale(path, len(down)) if scale else 1.0
             if "alpha" in parts:
-                own = tensors[parts["alpha"]].item() / len(down)
+                # the tools of kohya and LyCORIS take an alpha of 0 for the rank
+                own = (tensors[parts["alpha"]].item() or len(down)) / len(down)
             result[f"{model}.{path}.lora_A.weight"] = down
-            result[f"{model}.{path}.lora_B.weight"] = up * own
+            result[f"{model}.{path}.lora_B.weight"] = up if own == 1 else up.float() * own
             if "magnitude" in parts:
                 magnitude = tensors[parts["magnitude"]].flatten()
                 if down.ndim == 4:
@@ -305,5 +332,5 @@ def _load_lycoris(pipe, found: ForeignLora, tensors: dict[str, torch.Tensor], na
                     getattr(layer, part)[name] = nn.Parameter(value, requires_grad=False)
             ranks = [len(tensors[parts[p]]) for p in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if p in parts]
             rank = ranks[0] if ranks else 1
-            alpha = tensors[parts["alpha"]].item() if "alpha" in parts and ranks else rank
+            alpha = (tensors[parts["alpha"]].item() if "alpha" in parts and ranks else rank) or rank
             layer.r[name], layer.alpha[name], layer.scaling[name] = rank, alpha, alpha / rank

@@ -8,6 +8,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from ..kernels.cuda.graphs import is_compiled
 from .hook import ParallelTuners
 from .sample_weights import per_sample_shape, tile_weights, to_device
 from .state import preserve_adapters
@@ -21,6 +22,8 @@ def can_share_a_pass(unet, names: Iterable[str]) -> bool:
 def _reason_against(unet, names: list[str]) -> str | None:
     """The first reason found why these adapters cannot have a weight per sample, or None."""
     seen = set()
+    if names and is_compiled(unet):
+        return "the UNet is compiled, and which samples an adapter applies to is decided anew in each pass"
     for path, module in unet.named_modules():
         if getattr(module, "_chunk_size", None) is not None and names:
             return f"the feed-forward of {path} receives its input in chunks; call set_chunk_feed_forward(None) first"

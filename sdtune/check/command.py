@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .. import paths
 from ..bases import load
 from ..training.buckets import AspectBuckets
 from ..training.config import TrainConfig
@@ -41,7 +42,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with these arguments, by default those of the process; returns its exit status."""
     options = _parse(sys.argv[1:] if argv is None else argv)
-    folder = Path(options.folder).expanduser()
+    folder = paths.find(options.folder) or Path(options.folder)
     path = Path(options.output or f"output/check-{folder.resolve().name}.html")
     try:
         if after.is_run(folder):

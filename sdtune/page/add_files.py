@@ -1,7 +1,9 @@
 """Adds adapter files to those that the page offers: from an upload, or from a repository on the Hugging Face Hub."""
 
+import filecmp
 import secrets
 import shutil
+import threading
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,7 @@ from .training_jobs import HUB_ID
 
 MAX_BYTES = 2e9  # a larger file is a whole model
 MAX_PREVIEW_BYTES = 2e7
+_adding = threading.Lock()  # so that of two uploads of one name neither replaces the other
 _LORA_NAME = "pytorch_lora_weights.safetensors"  # what diffusers writes
 
 
@@ -34,14 +37,15 @@ def add_upload(source: str | Path, files: AdapterFiles, output: OutputFolder) ->
         raise PageError(
             f"{source.name} was not added: it is no whole safetensors file ({error}), whatever its name says."
         ) from error
+    output.require_space(source.stat().st_size, "This file")
     name = make_slug(source.stem) or "file"
     target = output.path / "uploads" / f"{name}.safetensors"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and target.read_bytes() != source.read_bytes():
-        target = target.with_stem(f"{name}-{secrets.token_hex(2)}")
-    if not target.exists():
-        with disk.new_file(target) as part:
-            shutil.copyfile(source, part)
+    with _adding:
+        while target.exists() and not filecmp.cmp(target, source, shallow=False):
+            target = target.with_stem(f"{name}-{secrets.token_hex(2)}")
+        if not target.exists():
+            with disk.new_file(target) as part:
+                shutil.copyfile(source, part)
     files.scan()
     return next((file.label for file in files.by_label.values() if file.path == target), target.stem)
 
@@ -61,6 +65,7 @@ def add_from_hub(repository: str, files: AdapterFiles, output: OutputFolder) -> 
     try:
         sizes = {f.rfilename: f.size or 0 for f in HfApi().model_info(repository, files_metadata=True).siblings or []}
         name = _choose_file(repository, sizes)
+        output.require_space(sizes[name], name)
         hf_hub_download(repository, name, local_dir=folder)
         if sizes.get("preview.png", MAX_PREVIEW_BYTES) < MAX_PREVIEW_BYTES:
             hf_hub_download(repository, "preview.png", local_dir=folder)

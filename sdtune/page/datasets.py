@@ -70,13 +70,15 @@ class Datasets:
         """Copies uploaded images and caption files into a folder of their own, and pairs them.
 
         Raises:
-            PageError: if there are more than MAX_FILES.
+            PageError: if there are more than MAX_FILES, or the disk is nearly full.
         """
         if len(files) > MAX_FILES:
             raise PageError(
                 f"{len(files)} files were dropped; at most {MAX_FILES} are allowed here. "
                 "For more, run train_anime.py with --data in a shell."
             )
+        # they are copied here, once more while they are checked, and a third time to be trained on
+        self.output.require_space(3 * sum(Path(file).stat().st_size for file in files), "These images")
         folder = self.output.new_dataset_path()
         folder.mkdir(parents=True)
         problems, caption_problems, notes = [], [], []

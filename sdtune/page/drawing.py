@@ -52,6 +52,7 @@ class Drawings:
             ValueError: if a setting is out of range, or an adapter is missing or does not fit.
         """
         settings.check()
+        self._require_space(settings, len(settings.columns) * settings.images)
         for label in (label for column in settings.columns for label in column):
             self.files.get(label)
 
@@ -92,6 +93,7 @@ class Drawings:
         count = len(across.values) * len(down.values)
         if count > MAX_CELLS:
             raise PageError(f"These axes make a grid of {count} images; at most {MAX_CELLS} are allowed.")
+        self._require_space(settings, count)
         cells = make_cells(settings, across, down)
         for label in dict.fromkeys(label for cell in cells for label in cell.adapters):
             self.files.get(label)
@@ -109,6 +111,10 @@ class Drawings:
             return Drawn([("grid", [path])], settings)
 
         return self.queue.submit(Job(window, "drawing", "grid", work))
+
+    def _require_space(self, settings: Settings, images: int) -> None:
+        pixels = images * (settings.width or self.side) * (settings.height or self.side)
+        self.output.require_space(3 * pixels, f"A drawing of {images} images")
 
     def default_columns(self) -> list[dict[str, float]]:
         """The columns of a new window: the base, a LoRA and a tuner, of these the files that exist."""

@@ -2,10 +2,8 @@
 
 import traceback
 
-import torch
-
 from ..adapters import disk
-from ..training.errors import DataError, TrainError
+from ..training.errors import DataError, TrainError, is_out_of_memory
 
 
 class PageError(ValueError):
@@ -25,7 +23,7 @@ def plain_message(error: BaseException) -> str:
     if disk.is_full(error):
         return "The disk of the page's output folder is full. Free some space, then try again."
     traceback.print_exception(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if is_out_of_memory(error):
         return "The memory is full. Try a smaller size, fewer images or a smaller batch."
     text = " ".join(str(error).split())[:300]
     return f"Something went wrong ({type(error).__name__}: {text}). The terminal shows the full error."

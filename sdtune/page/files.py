@@ -42,13 +42,16 @@ class AdapterFile:
 
 
 class AdapterFiles:
-    """The adapter files below some folders, by label. `version` increases whenever the list has changed."""
+    """The adapter files below some folders, by label. `version` increases whenever the list has changed.
+
+    `unet` is one of the shape of the base's, without weights.
+    """
 
     def __init__(self, folders: Sequence[Path], unet, text_encoder=None):
         self.folders, self.version = list(folders), 1
         self.by_label: dict[str, AdapterFile] = {}
         with torch.device("meta"):  # a UNet of the same shape, without weights, that no other thread changes
-            self._unet = UNet2DConditionModel.from_config(unet.config)
+            self.unet = UNet2DConditionModel.from_config(unet.config)
             self._text_encoder = text_encoder and type(text_encoder)(text_encoder.config)
         # (label, path, time of change, size, preview) -> what was read
         self._known: dict[tuple, AdapterFile] = {}
@@ -138,7 +141,7 @@ class AdapterFiles:
             return AdapterFile(label, path, "unusable", " ".join(str(error).split()), **facts)
         problem = ""
         try:
-            tuner_file.check_fits(file, api.expected_shapes(self._unet, file.config), path.name)
+            tuner_file.check_fits(file, api.expected_shapes(self.unet, file.config), path.name)
         except ValueError as error:
             problem = self._describe_shape_difference(file.base.get("shape") or {}) or str(error)
         config, training, fields = file.config, file.training, fields_of(file.config.kind)
@@ -153,7 +156,7 @@ class AdapterFiles:
 
     def _describe_shape_difference(self, shape: dict) -> str:
         """Where the shape of the base that a file was trained on differs from the loaded base; empty if nowhere."""
-        own = {k: list(v) if isinstance(v, tuple) else v for k, v in self._unet.config.items() if k in shape}
+        own = {k: list(v) if isinstance(v, tuple) else v for k, v in self.unet.config.items() if k in shape}
         differences = [f"{k} is {shape[k]}, here {v}" for k, v in own.items() if v != shape[k]]
         return f"it was trained on a base of another shape ({'; '.join(differences)})" if differences else ""
 
@@ -163,7 +166,7 @@ class AdapterFiles:
             metadata = file.metadata() or {}
         kind, problem, details = "LoRA", "", ""
         try:
-            found = foreign_lora.inspect(path, self._unet, self._text_encoder)
+            found = foreign_lora.inspect(path, self.unet, self._text_encoder)
             kind, details = found.kind, "; ".join(filter(None, (f"rank {found.rank}", found.left_out())))
         except tuner_file.TunerFileError as error:
             problem = str(error).replace(str(path), path.name)

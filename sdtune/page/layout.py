@@ -3,14 +3,18 @@
 import os
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from ..check import sheet
 from . import html_parts
 from .backend import Backend
 from .controls import QUIET, Window
 from .draw_tab import build_draw_tab
+from .errors import PageError
 from .files_tab import build_files_tab
 from .grid_tab import build_grid_tab
+from .output_folder import OutputFolder
 from .style import CSS
 from .train_tab import build_train_tab
 from .weight_tab import build_weight_tab
@@ -74,8 +78,29 @@ def launch(
         server_name=server_name, server_port=port, share=share, auth=login, theme=_theme(), css=CSS + sheet.STYLE,
         allowed_paths=[str(backend.output.images.resolve())], max_file_size="200mb", show_error=True,
         footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(UploadLimit, output=backend.output)]},
     )  # fmt: skip
     return blocks, [url for url in (local_url, share_url) if url]
+
+
+class UploadLimit:
+    """Refuses uploads that say no size or do not fit on the disk, before the server writes them to it."""
+
+    def __init__(self, app, output: OutputFolder):
+        self.app, self.output = app, output
+
+    async def __call__(self, scope, receive, send):
+        answer = self.app
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload"):
+            length = dict(scope["headers"]).get(b"content-length", b"")
+            if not length.isdigit():
+                answer = PlainTextResponse("An upload must say its length.", 411)
+            else:
+                try:
+                    self.output.require_space(int(length), "This upload")
+                except PageError as error:
+                    answer = PlainTextResponse(str(error), 507)
+        await answer(scope, receive, send)
 
 
 def _header(backend: Backend, activity: str, busy: bool) -> str:

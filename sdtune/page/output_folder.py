@@ -6,9 +6,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from .errors import PageError
 from .png_settings import make_slug
 
 KEEP_SECONDS = 24 * 3600  # how long the images and uploads of a window are kept
+RESERVE = 1_000_000_000  # bytes that the page leaves free on the disk
+OWN_NAMES = ("data", "hub", "uploads")  # folders of the page itself, which no training may be named after
 
 
 class OutputFolder:
@@ -42,7 +45,20 @@ class OutputFolder:
     def free_run_name(self, wanted: str) -> str:
         """A name, made from the wanted one, that no training run has yet."""
         stem = make_slug(wanted) or "tuner"
-        return next(name for name in numbered(stem) if not (self.path / name).exists())
+        free = (n for n in numbered(stem) if n.lower() not in OWN_NAMES and not (self.path / n).exists())
+        return next(free)
+
+    def require_space(self, needed: float, what: str) -> None:
+        """Raises a PageError unless `needed` bytes are free on the disk, and RESERVE after them.
+
+        To be called before anything is written or queued: a request may not fill the disk.
+        """
+        free = shutil.disk_usage(self.path).free
+        if needed + RESERVE > free:
+            raise PageError(
+                f"{what} needs about {_gigabytes(needed)}, and the disk of the page's output folder has "
+                f"{_gigabytes(free)} free, of which {_gigabytes(RESERVE)} are kept. Ask for less, or free some space."
+            )
 
     def delete_old(self) -> None:
         """Deletes what windows left a day ago."""
@@ -50,6 +66,10 @@ class OutputFolder:
             with suppress(OSError):  # another thread has deleted it
                 if folder.stat().st_mtime < time.time() - KEEP_SECONDS:
                     shutil.rmtree(folder)
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB"
 
 
 def numbered(stem: str) -> list[str]:

@@ -70,6 +70,8 @@ def build_train_tab(window: Window) -> tuple:
             with gr.Row():
                 draw = gr.Button("Draw with it", variant="primary", visible=False, elem_id="draw-with-it")
                 resume = gr.Button("Resume training", visible=False, elem_id="resume")
+            others = gr.Dropdown([], label="Other stopped trainings", info="Choose one to see it and resume it.",
+                                 visible=False, elem_id="other-trainings")  # fmt: skip
             measure = build_after_training(window)
     fields = [source, name, kind, steps, *more.values()]
 
@@ -157,7 +159,7 @@ def build_train_tab(window: Window) -> tuple:
     source.change(on_source, source, [files, save, look, problems, looked], **QUIET)
     gr.on([uploaded.change, *(field.change for field in fields)], on_change, clicked, command, js=READ_CAPTIONS,
           trigger_mode="always_last", **QUIET)  # fmt: skip
-    return _connect_progress(window, problems, [status, curve, preview, train, stop, draw, resume, measure])
+    return _connect_progress(window, problems, [status, curve, preview, train, stop, draw, resume, others, measure])
 
 
 def _check_message(uploaded: UploadedImages | None, problems: list[str], notes: list[str]) -> str:
@@ -171,26 +173,29 @@ def _check_message(uploaded: UploadedImages | None, problems: list[str], notes: 
 def _connect_progress(window: Window, problems: gr.HTML, outputs: list) -> tuple:
     """Connects the right half of the tab, which shows a training; returns what `build_train_tab` returns."""
     trainings, queue, files, output = (getattr(window.backend, n) for n in ("trainings", "queue", "files", "output"))
-    _status, _curve, _preview, _train, stop, draw, resume, _measure = outputs
-    shown = gr.State([])  # what this window shows: the job, its state, step, jobs before it, number of previews
-    unchanged = [gr.skip()] * 9
+    _status, _curve, _preview, _train, stop, draw, resume, others, _measure = outputs
+    # what this window shows: the job, its state, step, jobs before it, number of previews, other stopped trainings
+    shown = gr.State([])
+    unchanged = [gr.skip()] * 10
 
     def show_training(shown, request: gr.Request):
         job = trainings.shown_in(request.session_hash)
         if job is None:
             return unchanged
         previews, before = job.run.previews(), queue.count_before(job)
-        now = [id(job), job.state, job.done, before, len(previews)]
+        names = list(trainings.unfinished(request.session_hash))
+        now = [id(job), job.state, job.done, before, len(previews), names]
         if now == shown:
             return unchanged
         preview = gr.skip()
-        if shown[:1] != now[:1] or shown[4:] != now[4:]:
+        if shown[:1] != now[:1] or shown[4:5] != now[4:5]:
             preview = html_parts.image_columns([("preview", [output.publish(previews[-1])])]) if previews else ""
         has_file = job.finished and job.result is not None and files.label_of(job.result) is not None
         return [
             now, html_parts.training_status(job, job.run.name, before), html_parts.loss_curve(job.losses, job.total),
             preview, gr.Button(interactive=job.finished), gr.Button(interactive=not job.finished),
             gr.Button(visible=has_file), gr.Button(visible=job.finished and job.resumable),
+            gr.Dropdown(names, value=None, visible=bool(names)),
             gr.Button(visible=job.finished and job.result is not None),
         ]  # fmt: skip
 
@@ -214,6 +219,14 @@ def _connect_progress(window: Window, problems: gr.HTML, outputs: list) -> tuple
             return html_parts.message(str(error), error=True), gr.skip()
         return "", gr.Button(visible=False)
 
+    def on_choose(name, request: gr.Request):
+        try:
+            trainings.choose(request.session_hash, name)
+        except PageError as error:
+            return html_parts.message(str(error), error=True)
+        return ""
+
+    others.input(on_choose, others, problems, **QUIET)
     stop.click(on_stop, queue=False, **QUIET)
     resume.click(on_resume, None, [problems, resume], **QUIET)
     draw.click(on_draw, window.cards_version, [window.columns, window.cards_version, window.tabs, window.prompt],

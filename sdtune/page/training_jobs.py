@@ -1,16 +1,22 @@
 """Trainings that the page starts: from the form to a configuration, a job in the queue, and its shell command."""
 
 import dataclasses
+import functools
 import gc
 import json
+import math
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters import tuner_file
-from ..training import checkpoints, dataset
+import torch
+from diffusers import UNet2DConditionModel
+
+from ..adapters import api, tuner_file
+from ..bases.single_file import CONFIGS
+from ..training import checkpoints, dataset, setup
 from ..training.buckets import AspectBuckets
 from ..training.config import TrainConfig
 from ..training.errors import Stopped
@@ -22,6 +28,8 @@ from .output_folder import OutputFolder
 from .queue import Job, Queue
 
 ASSETS = Path(__file__).parents[2] / "assets"
+MAX_STEPS, MAX_PROMPTS = 100_000, 64
+FETCHED_BASE = 6e9  # bytes of a Stable Diffusion 1.x or 2.x in fp32, with its VAE and text encoder
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TUNER_NUMBERS = ("rank", "num_heads", "length")
 _NUMBERS = (*_TUNER_NUMBERS, "batch_size", "resolution", "preview_every", "checkpoint_every", "seed",
@@ -69,8 +77,8 @@ class Trainings:
         self.base = base
         self.queue, self.files, self.datasets, self.output = queue, files, datasets, output
         self._by_window: dict[str, Job] = {}
-        # the last training whose window was closed before its end; at the start an unfinished one on the disk
-        self._without_window: Job | None = self._find_unfinished()
+        # trainings whose window was closed before their end; at the start the unfinished ones on the disk
+        self._without_window: list[Job] = self._find_unfinished()
 
     def plan(
         self, uploaded: UploadedImages | None, captions: Sequence[str], source: str, name: str, kind: str, steps,
@@ -83,8 +91,16 @@ class Trainings:
             more: the other fields of the form, by their names in the configurations; an empty one means the default.
 
         Raises:
-            ValueError: if a setting is out of range.
+            ValueError: if a setting is out of range, or of a kind that the page's own form never sends.
         """
+        try:
+            return self._plan(uploaded, captions, source, name, kind, steps, more)
+        except (TypeError, AttributeError, OverflowError) as error:
+            raise PageError(
+                f"A field of the form holds a value of another kind ({error}). Load the page again."
+            ) from error
+
+    def _plan(self, uploaded, captions, source: str, name: str, kind: str, steps, more: dict) -> TrainingRun:
         zero_means_default = ("learning_rate", "resolution", "keep_last")
         more = {k: v for k, v in more.items() if v not in (None, "") and (v or k not in zero_means_default)}
         more |= {k: int(more[k]) for k in _NUMBERS if k in more}
@@ -107,8 +123,10 @@ class Trainings:
         """Submits a training; the job's result is the tuner's file, also if it is stopped after its first step.
 
         Raises:
-            PageError: if its name is taken by now, or this window has another training that runs or waits.
+            PageError: if its name is taken by now, this window has another training that runs or waits, or what it
+                writes does not fit on the disk.
         """
+        self._check_size(run)
         folder = Path(run.config.output)
         try:
             folder.mkdir(parents=True)  # this reserves the name
@@ -129,6 +147,7 @@ class Trainings:
         stopped = self.shown_in(window)
         if stopped is None or not stopped.resumable:
             raise PageError("There is no stopped training to resume. Click on Train to start a new one.")
+        self._check_size(stopped.run, len(stopped.losses))
         config = dataclasses.replace(stopped.run.config, resume=True)
         job = self._new_job(window, TrainingRun(config, stopped.run.tuner))
         job.losses, job.resumable, job.result = list(stopped.losses), True, stopped.result
@@ -136,39 +155,60 @@ class Trainings:
 
     def shown_in(self, window: str) -> Job | None:
         """The training that a window shows: its own last one, else one that continues after its window was closed."""
-        if window not in self._by_window and self._without_window and self._without_window.finished:
-            # the first window that shows its end keeps it
-            self._by_window[window], self._without_window = self._without_window, None
-        return self._by_window.get(window) or self._without_window
+        last = self._without_window[-1] if self._without_window else None
+        if window not in self._by_window and last and last.finished:
+            self._by_window[window] = self._without_window.pop()  # the first window that shows its end keeps it
+        return self._by_window.get(window) or last
+
+    def unfinished(self, window: str) -> dict[str, Job]:
+        """The stopped trainings that can be resumed besides the one that a window shows, by name, the last first."""
+        return {job.run.name: job for job in reversed(self._without_window) if job.finished and job.resumable}
+
+    def choose(self, window: str, name: str) -> None:
+        """Makes a window show a stopped training.
+
+        Raises:
+            PageError: if there is none of this name (any more), or the window's own training has not finished.
+        """
+        own, job = self._by_window.get(window), self.unfinished(window).get(name)
+        if job is None:
+            raise PageError(f"There is no stopped training named {str(name)[:80]!r} (any more).")
+        if own and not own.finished:
+            raise PageError("This window has a training that runs or waits. Stop it first.")
+        self._without_window.remove(job)
+        if own and own.resumable:
+            self._without_window.append(own)
+        self._by_window[window] = job
 
     def close_window(self, window: str) -> None:
         """Keeps the training of a closed window for other windows, if it has not finished."""
         job = self._by_window.pop(window, None)
         if job and (job.resumable or not job.finished):
-            self._without_window = job
+            self._without_window.append(job)
 
-    def _find_unfinished(self) -> Job | None:
-        """The training below the output folder that stopped last at a checkpoint, as a job that can be resumed."""
-        found = []
+    def _find_unfinished(self) -> list[Job]:
+        """The trainings below the output folder that stopped at a checkpoint, as jobs, the last at the end."""
+        found, jobs = [], []
         for folder in {path.parent for path in self.output.path.glob("*/checkpoints")}:
             steps = checkpoints.list_checkpoints(folder)
             if steps and not (folder / tuner_file.FILE_NAME).exists():
                 found.append((steps[-1].stat().st_mtime, folder, steps[-1]))
-        for _, folder, last in sorted(found, reverse=True):
+        for _, folder, last in sorted(found):
             try:
                 settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
                 known = {f.name for f in dataclasses.fields(TrainConfig)}
                 values = {**checkpoints.BEFORE_OPTIONS, **settings["train"]}
                 config = TrainConfig(**{k: v for k, v in values.items() if k in known}, output=str(folder))
                 run = TrainingRun(config, TunerConfig(**settings["tuner"]))
-                losses = json.loads((last / "state.json").read_text(encoding="utf-8"))["losses"]
-            except (OSError, ValueError, TypeError, KeyError):  # not a run, or a damaged one
+                state = json.loads((last / "state.json").read_text(encoding="utf-8"))
+                losses = [float(loss) for loss in state["losses"]]
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # damaged, or no run
                 continue
-            return Job(
+            jobs.append(Job(
                 None, "training", "training", self._train, state="stopped", done=len(losses), total=config.steps,
                 losses=losses, run=run, resumable=True, result=last / tuner_file.FILE_NAME,
-            )  # fmt: skip
-        return None
+            ))  # fmt: skip
+        return jobs
 
     def first_prompt(self, job: Job) -> str:
         """A prompt to draw with the trained tuner: the first caption with the trigger words; "" if there is none."""
@@ -178,6 +218,36 @@ class Trainings:
         except ValueError:
             return ""
         return f"{config.trigger_words} {pairs[0].caption}".strip()
+
+    def _check_size(self, run: TrainingRun, done: int = 0) -> None:
+        """Raises a PageError for a training that is too long, or that would fill the disk with what it writes.
+
+        Args:
+            done: the steps that it has behind it.
+        """
+        config, steps = run.config, run.config.steps - done
+        if config.steps > MAX_STEPS:
+            raise PageError(
+                f"{config.steps:,} steps are too many here; the page trains at most {MAX_STEPS:,}. For more, run "
+                "train_anime.py in a shell."
+            )
+        if len(config.preview_prompts) > MAX_PROMPTS:
+            raise PageError(
+                f"There are {len(config.preview_prompts):,} preview prompts; at most {MAX_PROMPTS} can be drawn."
+            )
+        needed = 0.0
+        if config.base == self.base:
+            unet = self.files.unet
+        else:  # a base that may have to be fetched, about whose size nothing is known but that it is a Stable Diffusion
+            unet, needed = sd15_unet(), FETCHED_BASE
+        shapes = api.expected_shapes(unet, run.tuner).values()
+        weights = torch.empty(sum(math.prod(shape) for shape in shapes), device="meta")
+        needed += (steps // config.checkpoint_every + 2) * setup.checkpoint_bytes(weights, config)
+        side = config.resolution or self.datasets.side
+        previews = steps // config.preview_every + 1 if config.preview_every else 1
+        needed += previews * 3 * (len(config.preview_prompts) or 4) * 3 * side**2  # base, tuned and true image of each
+        checkpoints_of = f"{steps:,} steps with a checkpoint after each {config.checkpoint_every:,}"
+        self.output.require_space(needed, f"A training of {checkpoints_of}")
 
     def _new_job(self, window: str, run: TrainingRun) -> Job:
         return Job(window, "training", "training", self._train, total=run.config.steps, run=run)
@@ -214,6 +284,13 @@ def bundled_data() -> str:
     """The path of the bundled anime pairs: the relative default where that is the same folder."""
     default = TrainConfig.data
     return default if Path(default).resolve() == ASSETS / "anime" else str(ASSETS / "anime")
+
+
+@functools.cache
+def sd15_unet() -> UNet2DConditionModel:
+    """The UNet of Stable Diffusion 1.5 without weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / "sd15/unet"))
 
 
 def check_base(text: str | None, loaded: str) -> str:

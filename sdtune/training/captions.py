@@ -25,6 +25,17 @@ def name_stem(name: str) -> str:
     return os.path.splitext(normalize_name(name))[0]
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it is empty, or of blanks, marks and other characters that are invisible."""
+    return all(unicodedata.category(c)[0] in "ZC" for c in text)
+
+
+def find_control_character(text: str) -> str | None:
+    """The first control character of a text but line breaks and tabs, such as "U+0000"; None if there is none."""
+    found = (c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\r\t\x85")
+    return next((f"U+{ord(c):04X}" for c in found), None)
+
+
 def read_caption_files(
     folder: Path, names: list[str], images: list[str], problems: list[str], notes: list[str]
 ) -> dict[str, list[str] | None]:
@@ -49,7 +60,7 @@ def read_caption_files(
             problems.append(f"{first}, {name}: two caption files for {own_images[0]}; keep one")
         elif len(own_images) > 1:
             notes.append(f"{', '.join(own_images)} share the caption in {name}")
-        lines = None if text is None else [line.strip() for line in text.split("\n") if line.strip()]
+        lines = None if text is None else [line.strip() for line in text.split("\n") if not is_blank(line)]
         captions |= dict.fromkeys(map(normalize_name, own_images), lines)
     return captions
 
@@ -90,7 +101,7 @@ def as_captions(value) -> list[str] | None:
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         return None
-    return [text.strip() for text in texts if text.strip()]
+    return [text.strip() for text in texts if not is_blank(text)]
 
 
 def _read_json_rows(text: str) -> Iterator[tuple[int, str, object]]:
@@ -98,9 +109,17 @@ def _read_json_rows(text: str) -> Iterator[tuple[int, str, object]]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 inside a caption
         if line.strip():
             try:
-                yield number, line, json.loads(line)
+                yield number, line, json.loads(line, object_pairs_hook=_make_object)
             except (ValueError, RecursionError) as error:
                 yield number, line, ValueError(f"not valid JSON ({error})")
+
+
+def _make_object(pairs: list[tuple[str, object]]) -> dict:
+    """The dict of a JSON object; raises a ValueError if a key stands in it twice, of which `json` takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
 
 
 def _read_csv_rows(text: str) -> Iterator[tuple[int, str, object]]:
@@ -116,6 +135,9 @@ def _read_csv_rows(text: str) -> Iterator[tuple[int, str, object]]:
                 columns = [v.strip() for v in values]
                 if not {"file_name", "text"} <= set(columns):
                     yield number, line, ValueError("expected the columns file_name,text")
+                    return
+                if len(set(columns)) < len(columns):
+                    yield number, line, ValueError("a column stands in it twice; keep one")
                     return
             elif len(values) > len(columns):
                 yield number, line, ValueError('more values than columns; put "" around a text with commas')

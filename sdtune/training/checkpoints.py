@@ -79,9 +79,11 @@ def find_damage(folder: Path) -> str | None:
     """Which file of a checkpoint is missing or has another content than was written, or None if all are whole."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+            return f"{MANIFEST} holds no list of files"
     except FileNotFoundError:  # a checkpoint from before there were manifests
         files = {name: None for name in ("state.json", tuner_file.FILE_NAME, "optimizer.bin")}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST}: {error}"
     for name, expected in files.items():
         path = folder / name
@@ -95,11 +97,39 @@ def find_damage(folder: Path) -> str | None:
         if expected and _checksum(path) != expected[1]:
             return f"the content of {name} has changed"
     try:
-        json.loads((folder / "state.json").read_text())
+        read_state(folder)
         tuner_file.load(folder)
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())[:200]
     return None
+
+
+def _is_entry(entry) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(number, int) for number in entry)
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """The state of a checkpoint, without the best weights.
+
+    Raises:
+        ValueError: naming what is wrong, if it is not what `write_state` writes.
+    """
+    try:
+        values = json.loads((folder / "state.json").read_text())
+        state = CheckpointState(**values)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"state.json: {error}") from error
+    kinds = {"step": int, "losses": list, "heldout": dict, "settings": dict, "tuner": dict, "digests": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(getattr(state, name), kind)]
+    if not wrong and len(state.losses) != state.step:
+        wrong = ["step and losses, which differ in number"]
+    if wrong or not all(isinstance(loss, float) for loss in state.losses):
+        raise ValueError(f"state.json: unusable {' and '.join(wrong) or 'losses'}")
+    try:
+        state.heldout = {int(step): [float(loss) for loss in losses] for step, losses in state.heldout.items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"state.json: unusable held-out losses ({error})") from error
+    return state
 
 
 def _checksum(path: Path) -> int:
@@ -131,7 +161,10 @@ def new_checkpoint(output: Path, step: int, accelerator: Accelerator):
             for path in files:
                 disk.sync(path)
             tuner_file.write_text(part / MANIFEST, json.dumps(manifest))
-            shutil.rmtree(final, ignore_errors=True)
+            if final.is_dir():
+                shutil.rmtree(final, ignore_errors=True)
+            else:
+                final.unlink(missing_ok=True)
             part.rename(final)
             disk.sync(final.parent)
     except BaseException:
@@ -163,8 +196,7 @@ def load(
         TrainError: if it was written with other settings, or a file of it is damaged.
     """
     try:
-        state = CheckpointState(**json.loads((folder / "state.json").read_text()))
-        state.heldout = {int(step): losses for step, losses in state.heldout.items()}
+        state = read_state(folder)
         if (folder / "best.pt").exists():
             state.best = torch.load(folder / "best.pt", map_location=accelerator.device, weights_only=True)
         check_settings(folder, state, settings, tuner)

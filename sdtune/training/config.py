@@ -94,16 +94,22 @@ class TrainConfig:
             min_snr_gamma=0, noise_offset=0, preserve=0, seed=0, checkpoint_every=1, preview_every=0, preview_steps=1,
             keep_tokens=0, caption_variants=1,
         )  # fmt: skip
+        # PyTorch, NumPy and the noise scheduler take no more
+        maximum = dict(steps=10**9, batch_size=10**5, gradient_accumulation_steps=10**5, lr_warmup_steps=10**9,
+                       checkpoint_every=10**9, preview_every=10**9, preview_steps=1000, seed=2**32 - 1)  # fmt: skip
         low = [n for n, m in minimum.items() if not getattr(self, n) >= m]
         wrong = [f"{n} is {getattr(self, n)}; it must be at least {minimum[n]}" for n in low]
+        wrong += [
+            f"{n} is {getattr(self, n)}; it must be at most {m}" for n, m in maximum.items() if getattr(self, n) > m
+        ]
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             wrong.append(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not 0 <= self.ema_decay < 1:
             wrong.append(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.keep_last is not None and self.keep_last < 1:
             wrong.append(f"keep_last is {self.keep_last}; it must be at least 1")
-        if self.guidance_scale is not None and not self.guidance_scale >= 0:
-            wrong.append(f"guidance_scale is {self.guidance_scale}; it must be at least 0")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
+            wrong.append(f"guidance_scale is {self.guidance_scale}; it must be at least 0 and finite")
         if not isinstance(self.clip_skip, int) or not 1 <= self.clip_skip <= 12:
             wrong.append(f"clip_skip is {self.clip_skip!r}; it must be a whole number from 1, the last layer, to 12")
         for name in ("caption_dropout", "tag_dropout"):
@@ -115,8 +121,8 @@ class TrainConfig:
             wrong.append(f"caption_variants is {self.caption_variants}; it must be at most 1000")
         if not 0 <= self.mask_weight <= 1:
             wrong.append(f"mask_weight is {self.mask_weight}; it must be from 0 to 1")
-        if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):
-            wrong.append(f"resolution is {self.resolution}; it must be at least 64 and a multiple of 8")
+        if self.resolution is not None and (not 64 <= self.resolution <= 8192 or self.resolution % 8):
+            wrong.append(f"resolution is {self.resolution}; it must be from 64 to 8192 and a multiple of 8")
         if not re.fullmatch(r"[a-z0-9.-]*", self.license):
             wrong.append(f"license is {self.license!r}; expected an identifier of the hub, such as mit or cc-by-4.0")
         for name, choices in (("max_tokens", (75, 150, 225)),

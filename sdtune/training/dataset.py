@@ -18,19 +18,28 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import extras
+from .. import extras, paths
 from .buckets import AspectBuckets, cropped_share, describe_shapes, enlargement
 from .captions import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
     as_captions,
+    find_control_character,
     name_stem,
     normalize_name,
     read_caption_files,
     read_metadata,
 )
 from .errors import DataError, printable, shorten_list
-from .images import FORMATS, UNREAD_SUFFIXES, explain_image_error, explain_profile, open_file, open_image
+from .images import (
+    FORMATS,
+    UNREAD_SUFFIXES,
+    check_sums,
+    explain_image_error,
+    explain_profile,
+    open_file,
+    open_image,
+)
 from .masks import FOLDER_SUFFIX, MaskError, find_mask_files, open_mask
 
 MOST_REPEATS = 100  # that the name of a folder can ask for
@@ -88,7 +97,7 @@ def read_splits(
             found.append(read_pairs(source, buckets, split, log_of[split]))
         except DataError as error:
             problems += [f"{split}: {p}" if split == "test" else p for p in error.problems]
-            if not Path(source).expanduser().is_dir():
+            if not os.path.isdir(paths.find(source) or ""):
                 break  # the other split has the same problem
     if problems:
         raise DataError(source, problems)
@@ -123,8 +132,8 @@ def read_pairs(
         DataError: with every problem: missing or empty captions, captions without an image, unreadable,
             truncated or too small images, malformed metadata, no image at all.
     """
-    root = os.path.expanduser(source)
-    if not os.path.exists(root):
+    root = paths.find(source)
+    if root is None:
         if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
             return _read_hub(str(source), buckets, split, log)
         raise DataError(source, ["no such folder; expected a folder with images and captions, or a hub id owner/name"])
@@ -147,7 +156,7 @@ def list_files(folder: Path, problems: list[str]) -> list[str]:
     """The names, relative to the folder, of all files in it and in its subfolders that are not hidden, sorted.
 
     Args:
-        problems: a line is appended for each folder that cannot be read and for each link to a folder.
+        problems: a line is appended for each folder that cannot be read, each link to a folder, and what is no file.
     """
     names = []
 
@@ -159,8 +168,17 @@ def list_files(folder: Path, problems: list[str]) -> list[str]:
         for path in (os.path.join(here, f) for f in folders):
             if os.path.islink(path):  # may contain itself
                 problems.append(f"{path}: a link to a folder, not followed; put the folder itself here")
-        names += [Path(here, f).relative_to(folder).as_posix() for f in files if not f.startswith(".")]
+        for name in (Path(here, f) for f in files if not f.startswith(".")):
+            if is_special(name):  # reading it could wait for ever, or never end
+                problems.append(f"{name}: a pipe, a socket or a device, not a file; remove it")
+            else:
+                names.append(name.relative_to(folder).as_posix())
     return sorted(names)
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path, or what it links to, is neither a file nor a folder; False if there is nothing."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def _file_kind(name: str) -> str:
@@ -249,6 +267,10 @@ def _check_images(
         for what, text in (("file name", name), *(("caption", caption) for caption in captions or ())):
             if re.search("[\ud800-\udfff]", text):
                 problems.append(f"{name}: its {what} is not valid Unicode; write it anew")
+        if control := find_control_character("".join(captions or ())):
+            problems.append(
+                f"{name}: its caption holds the control character {control}; save it as plain text in UTF-8"
+            )
         try:
             content = read_bytes()
             if not content:
@@ -257,6 +279,7 @@ def _check_images(
                 is_animated = getattr(image, "is_animated", False)
                 bad_profile = explain_profile(image)
                 opened = open_image(image)
+            check_sums(content)
             mask_content = mask_file.read_bytes() if mask_file else None
             mask = open_mask(mask_content, content)
         except MaskError as error:

@@ -1,5 +1,7 @@
 """The exceptions of data sets and of training runs, and how messages show lists and file names."""
 
+from .. import paths
+
 
 class DataError(ValueError):
     """A data set cannot be used.
@@ -11,7 +13,7 @@ class DataError(ValueError):
     def __init__(self, source, problems: list[str]):
         self.problems = [printable(p) for p in problems]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{printable(str(source))}: {count}\n" + "\n".join(f"  - {p}" for p in self.problems))
+        super().__init__(f"{paths.show(source)}: {count}\n" + "\n".join(f"  - {p}" for p in self.problems))
 
 
 class TrainError(RuntimeError):
@@ -42,3 +44,12 @@ def shorten_list(names: list[str]) -> str:
 def printable(text: str) -> str:
     """The text with line breaks, terminal codes and invalid Unicode as escape sequences; file names may hold them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory is full, of the machine or of the GPU."""
+    # PyTorch's allocator on a CPU raises a plain RuntimeError, torch.OutOfMemoryError is one too
+    told = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in told)
+    )

@@ -29,6 +29,13 @@ def open_file(file: str | Path | BinaryIO) -> Image.Image:
     return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
 
 
+def check_sums(content: bytes) -> None:
+    """Raises an exception of Pillow if a part of a PNG differs from its checksum, which is ignored in reading."""
+    with open_file(io.BytesIO(content)) as image:
+        if image.format == "PNG":
+            image.verify()
+
+
 def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
     """An upright sRGB image: EXIF rotation is applied, 16 bits are scaled to 8, and transparent parts become white.
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from .. import paths
 from ..adapters import disk, tuner_file
 from . import checkpoints
 from .config import DEFAULT_OUTPUT, TrainConfig
@@ -94,7 +95,8 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise TrainError(f"the folder {folder} cannot be made ({error.strerror}); give another --output") from error
+            name = paths.show(folder)
+            raise TrainError(f"the folder {name} cannot be made ({error.strerror}); give another --output") from error
         lock = FileLock(folder / _LOCK, timeout=0, mode=0o644)
         try:
             lock.acquire()
@@ -172,13 +174,19 @@ def _numbered(stem: str):
 
 
 def _last_run() -> Path:
-    """The folder below the default output that was written to last and has a checkpoint."""
-    folders = [
-        f for f in itertools.takewhile(Path.exists, _numbered(DEFAULT_OUTPUT)) if checkpoints.list_checkpoints(f)
-    ]
+    """The folder below the default output in which a run was started last, whether it got to a checkpoint or not.
+
+    An earlier one is never taken for it: it may be finished, and its tuner would be trained further unasked.
+    """
+    folders = list(itertools.takewhile(Path.exists, _numbered(DEFAULT_OUTPUT)))
     if not folders:
-        raise TrainError(f"nothing to resume: {DEFAULT_OUTPUT} holds no checkpoint; start without --resume")
-    return max(folders, key=lambda f: checkpoints.list_checkpoints(f)[-1].stat().st_mtime)
+        raise TrainError(f"nothing to resume: there is no {DEFAULT_OUTPUT}; start without --resume")
+    last = max(folders, key=lambda f: (f / _LOCK if (f / _LOCK).exists() else f).stat().st_mtime)
+    if not checkpoints.list_checkpoints(last):
+        others = [str(f) for f in folders if checkpoints.list_checkpoints(f)]
+        more = f", or name another run: --output {' or '.join(others)}" if others else ""
+        raise TrainError(f"nothing to resume: {last}, the last run, holds no checkpoint; start without --resume{more}")
+    return last
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import paths
 from ..training.errors import DataError, shorten_list
 from ..training.images import explain_image_error, open_image
 
@@ -101,8 +102,8 @@ def read_data(source: str, val_share: float = 0.2, train_size: int | None = None
     Raises:
         DataError: listing every problem.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    folder = paths.find(source)
+    if folder is None or not folder.is_dir():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             name, classes, splits = source, *_read_hub(source)
         else:

@@ -1,33 +1,103 @@
-"""A tuner acts in a compiled UNet, and stops acting when it is unloaded, whenever it was compiled."""
+"""A tuner acts in a compiled UNet as in an uncompiled one, whatever was done first and however it was compiled."""
 
 import copy
 
 import pytest
 import torch
-from conftest import picture
+from conftest import picture, stir
+from diffusers import UNet2DConditionModel
 
 import sdtune
+from sdtune.inference.grids import mean_difference
+
+OPTIONS = dict(num_inference_steps=1, guidance_scale=1.0, height=64, width=64)
 
 
-@pytest.mark.parametrize("how", ["unet.compile", "torch.compile"])
-def test_a_tuner_acts_in_a_compiled_unet_from_loading_to_unloading(pipe, base, files, how):
-    torch._dynamo.reset()
-    options = dict(num_inference_steps=1, guidance_scale=1.0)
-    plain = picture(base, **options)
-    if how == "unet.compile":
-        pipe.unet.compile(backend="eager")
-    else:
+def compile_unet(pipe, how: str) -> None:
+    """Compiles with the backend "eager", which traces and guards as every backend does and needs no C++ compiler."""
+    if how == "compile_repeated_blocks":
+        pipe.unet._repeated_blocks = ["BasicTransformerBlock"]  # those of FluxTransformer2DModel and others
+        pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    elif how == "torch.compile":
         pipe.unet = torch.compile(pipe.unet, backend="eager")
-    picture(pipe, **options)
-    sdtune.load_tuner(pipe, files / "one.safetensors", "one")
-    uncompiled = copy.deepcopy(base)
-    sdtune.load_tuner(uncompiled, files / "one.safetensors", "one")
-    wanted = picture(uncompiled, **options)
-    effect = (wanted - plain).abs().max()
-    assert (picture(pipe, **options) - wanted).abs().max() < effect / 20
-    if how == "unet.compile":
-        pipe.disable_lora()
-        assert (picture(pipe, **options) - plain).abs().max() < effect / 20
-    sdtune.unload_tuner(pipe, "one")
-    assert (picture(pipe, **options) - plain).abs().max() < effect / 20
+    else:
+        pipe.unet.compile(backend="eager", fullgraph=how == "fullgraph")
+
+
+@pytest.fixture(scope="module")
+def small(base, tmp_path_factory):
+    """A pipeline with a UNet of few layers, which compiles in a second, and a folder with two tuners for it."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=base.unet.config.cross_attention_dim,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tuners")
+    pipe = copy.deepcopy(base)
+    pipe.unet = unet.eval().requires_grad_(False)
+    for seed, name in enumerate(("one", "two")):
+        tuned = copy.deepcopy(pipe)
+        sdtune.add_tuner(tuned, sdtune.TunerConfig(rank=2), name)
+        stir(tuned, name, seed, 0.5)
+        sdtune.save_tuner(tuned, folder / f"{name}.safetensors", name)
+    return pipe, folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["unet.compile", "fullgraph", "torch.compile", "compile_repeated_blocks"])
+def test_all_verbs_do_in_a_compiled_unet_what_they_do_in_an_uncompiled_one(small, how):
+    base, files = small
+    steps = {
+        "load": lambda p: sdtune.load_tuner(p, files / "one.safetensors", "one"),
+        "weight": lambda p: p.set_adapters("one", 0.4),
+        "disable": lambda p: p.disable_lora(),
+        "enable": lambda p: p.enable_lora(),
+        "load another": lambda p: sdtune.load_tuner(p, files / "two.safetensors", "two"),
+        "mix": lambda p: p.set_adapters(["one", "two"], [0.5, 1.5]),
+        "delete": lambda p: p.delete_adapters("one"),
+        "unload": lambda p: sdtune.unload_tuner(p, "two"),
+        "load again": lambda p: sdtune.load_tuner(p, files / "two.safetensors", "two"),
+    }
+    compiled, plain = copy.deepcopy(base), copy.deepcopy(base)
+    compile_unet(compiled, how)
+    before = picture(compiled, **OPTIONS)
+    for name, step in steps.items():
+        step(compiled)
+        step(plain)
+        now = picture(compiled, **OPTIONS)
+        assert (now - picture(plain, **OPTIONS)).abs().max() < 1e-5, name
+        assert (now - before).abs().max() > 1e-3, f"{name} has changed nothing"
+        before = now
+
+
+def test_a_tuner_that_was_loaded_first_acts_after_compiling_and_its_weight_per_call_counts(small):
+    base, files = small
+    pipe = copy.deepcopy(base)
+    sdtune.load_tuner(pipe, files / "one.safetensors", "one")
+    wanted = {s: picture(pipe, **OPTIONS, cross_attention_kwargs={"scale": s}) for s in (0.0, 0.5, 1.0)}
+    compile_unet(pipe, "fullgraph")
+    for scale, picture_there in wanted.items():
+        own = picture(pipe, **OPTIONS, cross_attention_kwargs={"scale": scale})
+        assert (own - picture_there).abs().max() < 1e-5, scale
+
+
+def test_columns_of_a_compiled_unet_are_those_of_an_uncompiled_one(small):
+    base, files = small
+    drawn = []
+    for is_compiled in (True, False):
+        pipe = copy.deepcopy(base)
+        if is_compiled:
+            compile_unet(pipe, "fullgraph")
+        sdtune.load_tuner(pipe, files / "one.safetensors", "one")
+        columns = {"base": {}, "half": {"one": 0.5}, "full": {"one": 1.0}}
+        drawn.append(sdtune.compare(pipe, "a cat", columns, steps=1, size=64, guidance=1))
+    for title in drawn[0]:
+        assert mean_difference(drawn[0][title][0], drawn[1][title][0]) < 0.5
+    assert mean_difference(drawn[0]["base"][0], drawn[0]["full"][0]) > 1

@@ -82,7 +82,7 @@ def test_nan_weights_other_families_and_other_formats_are_refused_by_name(pipe, 
         "nan": ({**pair, f"{kohya(name)}.lora_up.weight": torch.full((out, 4), float("nan"))}, "NaN or infinity"),
         "flux": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": noise(4, 64)}, "Flux"),
         "xl": ({**pair, "lora_te2_text_model_x.lora_down.weight": noise(4, 8)}, "Stable Diffusion XL"),
-        "oft": ({f"{kohya(name)}.oft_blocks": noise(4, 8, 8)}, "OFT, which is not read"),
+        "oft": ({f"{kohya(name)}.oft_blocks": noise(4, 8, 8)}, r"OFT \(PEFT.s has no weight.*which is not read"),
         "per_input": ({**pair, **per_input}, "wd_on_out=False"),
         "half": ({f"{kohya(name)}.lora_down.weight": noise(4, into)}, "has only A"),
         "narrow": ({**pair, f"{kohya(name)}.lora_down.weight": noise(4, into + 8)}, "wide, this base's is"),
@@ -129,3 +129,49 @@ def test_odd_arguments_of_compare_are_all_named(pipe):
         compare.draw_cells(pipe, [compare.Cell(3, -1, {}, float("nan"), width=65)], steps=0)
     with pytest.raises(ValueError, match="columns is {}"):
         sdtune.compare(pipe, "a", {})
+
+
+def one_layer(base) -> tuple[str, nn.Linear, dict[str, torch.Tensor]]:
+    name, layer = next(iter(layers_of(base).items()))
+    out, into = layer.weight.shape
+    tensors = {f"{kohya(name)}.lora_down.weight": noise(4, into), f"{kohya(name)}.lora_up.weight": noise(out, 4)}
+    return name, layer, tensors
+
+
+@pytest.mark.parametrize(
+    "alphas, scale", [((2.0, 1.0), 0.25), ((2.0, -2.0), -0.5), ((2.0, 0.0), 1.0), ((0.0, 0.0), 1.0)]
+)
+def test_each_layer_has_its_own_alpha_and_0_stands_for_the_rank(pipe, base, tmp_path, alphas, scale):
+    tensors = {}
+    names = list(layers_of(base))[:6]
+    for name in names:  # the last has another alpha than most
+        out, into = base.unet.get_submodule(name).weight.shape
+        alpha = torch.tensor(alphas[name == names[-1]])
+        tensors |= {f"{kohya(name)}.lora_down.weight": noise(4, into), f"{kohya(name)}.lora_up.weight": noise(out, 4),
+                    f"{kohya(name)}.alpha": alpha}  # fmt: skip
+    save_file(tensors, tmp_path / "style.safetensors")
+    sdtune.load_tuner(pipe, tmp_path / "style.safetensors", "x")
+    name, layer, plain = names[-1], pipe.unet.get_submodule(names[-1]), base.unet.get_submodule(names[-1])
+    change = tensors[f"{kohya(name)}.lora_up.weight"] @ tensors[f"{kohya(name)}.lora_down.weight"] * scale
+    x = noise(3, plain.in_features)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), plain(x) + x @ change.T, atol=1e-5)
+
+
+def test_tensors_that_no_lora_has_are_refused_and_the_page_refuses_them_too(pipe, base, tmp_path):
+    name, _, tensors = one_layer(base)
+    down = f"{kohya(name)}.lora_down.weight"
+    for title, change in {
+        "whole": {down: tensors[down].mul(10).int()},
+        "complex": {down: tensors[down].to(torch.complex64)},
+        "vector": {down: tensors[down].flatten()},
+        "deep": {down: tensors[down][:, :, None, None]},
+        "none": {down: tensors[down][:0]},
+        "alphas": {f"{kohya(name)}.alpha": torch.ones(4)},
+    }.items():
+        save_file(tensors | change, tmp_path / f"{title}.safetensors")
+        with pytest.raises(sdtune.TunerFileError, match=f"{title}.safetensors (is a LoRA that|holds tensors)"):
+            sdtune.load_tuner(pipe, tmp_path / f"{title}.safetensors", "x")
+        assert not pipe.get_list_adapters() and not getattr(pipe.unet, "peft_config", None)
+    files = AdapterFiles([tmp_path], base.unet, base.text_encoder).by_label.values()
+    assert not any(file.fits for file in files) and not any("cannot be read" in file.problem for file in files)

@@ -421,3 +421,39 @@ def test_another_pipeline_on_the_hub_is_refused_before_its_weights_come(tmp_path
 def test_a_missing_tiny_sd_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(load, "TINY_SD", tmp_path / "gone")
     assert_refused("tiny-sd", tmp_path / "gone", "is not at", "clone")
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_tensors(path, edit):
+    tensors = load_file(path)
+    edit(tensors, next(name for name, tensor in sorted(tensors.items()) if tensor.ndim > 1))
+    save_file(tensors, path, {"format": "pt"})
+
+
+UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda base: (base / "tokenizer/tokenizer.json").unlink(), "its tokenizer knows 2 tokens, its text encoder 4,152"),
+    (lambda base: (base / "tokenizer/tokenizer_config.json").unlink(), r"gives up to 1e\+30 tokens.*reads 77"),
+    (lambda base: change_json(base / "scheduler/scheduler_config.json", prediction_type="sample"), "'sample', which"),
+    (lambda base: change_json(base / "unet/config.json", sample_size="a"), "sample_size 'a'"),
+    (lambda base: change_tensors(base / TEXT, lambda t, k: t.pop(k)), "text_encoder lacks 1 weights"),
+    (lambda base: change_tensors(base / UNET, lambda t, k: t[k].fill_(float("nan"))), "1 weights that are NaN"),
+])  # fmt: skip
+def test_a_base_that_would_load_and_then_draw_wrongly_is_refused(tmp_path, change, message):
+    shutil.copytree(load.TINY_SD, tmp_path / "base", ignore=shutil.ignore_patterns("*.py", "*.png", "drawn"))
+    change(tmp_path / "base")
+    with pytest.raises(BaseError, match=message) as error:
+        load_base(tmp_path / "base")
+    assert str(tmp_path / "base") in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "~nobody-there/base", "x" * 5000, "a\nb", "a\0b"])
+def test_a_text_that_can_be_no_path_is_refused_in_one_short_line(text):
+    with pytest.raises(BaseError, match="there is no file or folder") as error:
+        load_base(text)
+    assert len(str(error.value)) < 600 and str(error.value).isprintable()

@@ -1,6 +1,8 @@
 """The tasks: what is held out, and what the script that prepares them writes."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 from PIL import Image
@@ -41,3 +43,10 @@ def test_both_prepared_tasks_hold_out_the_same_concepts(tmp_path, monkeypatch):
         things.append([p.caption.split(" of ")[1] for pairs in read for p in pairs])
     assert things[0] == things[1] and len(set(things[0])) == 8
     assert all(int(thing.split()[1]) >= 4 for thing in things[0])  # drawn by every designer
+
+
+def test_the_script_says_what_is_missing_before_it_fetches_anything(tmp_path):
+    command = [sys.executable, str(ROOT / "assets/tasks.py"), "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)})
+    assert done.returncode != 0 and "npm, which fetches the drawings: apt-get install npm" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "cache").exists()

@@ -119,6 +119,27 @@ def test_an_unfinished_training_is_found_on_the_disk_after_a_restart(pairs, tmp_
     assert resumed.run.config.resume and len(resumed.losses) == 1
 
 
+def test_of_several_unfinished_trainings_each_can_be_chosen_and_resumed(pairs, tmp_path):
+    for name in ("first", "second", "third"):
+        with pytest.raises(errors.Stopped):
+            sdtune.fit(
+                short_run(pairs, tmp_path, output=str(tmp_path / name)), sdtune.TunerConfig(rank=2), lambda *_: True
+            )
+    backend = Backend("tiny-sd", tmp_path)
+    backend.queue.close()  # nothing is trained here
+    trainings = backend.trainings
+    assert trainings.shown_in("window").run.name == "third"
+    assert list(trainings.unfinished("window")) == ["second", "first"]
+    trainings.choose("window", "first")
+    assert trainings.shown_in("window").run.name == "first"
+    assert set(trainings.unfinished("window")) == {"second", "third"}
+    with pytest.raises(PageError, match="no stopped training named 'first'"):
+        trainings.choose("other", "first")
+    assert trainings.resume("window").run.config.output == str(tmp_path / "first")
+    with pytest.raises(PageError, match="runs or waits"):
+        trainings.choose("window", "second")
+
+
 def test_a_pickle_under_another_name_is_not_added(backend, tmp_path):
     (tmp_path / "style.safetensors").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(PageError, match="style.safetensors was not added"):

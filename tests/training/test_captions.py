@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -187,6 +188,30 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["file_name", "text", "x"]), inner),
     max_leaves=5,
 )
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ("a girl with ribbons".encode("utf-16-le"), "the control character U\\+0000"),
+        (b"a girl \x1b[31m in red", "the control character U\\+001B"),
+        ("\u200b\u2060\ufeff".encode(), "no caption, or an empty one"),
+    ],
+)
+def test_captions_that_hold_control_characters_or_show_nothing_are_refused(tmp_path, content, problem):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(content)
+    (line,) = read_problems(tmp_path)
+    assert line.startswith("a.png: ") and re.search(problem, line)
+
+
+def test_a_key_or_a_column_that_stands_twice_is_refused(tmp_path):
+    write_image(tmp_path / "a.png")
+    write_jsonl(tmp_path, '{"file_name": "a.png", "text": "one", "text": "two"}')
+    assert any("a key stands in it twice" in line for line in read_problems(tmp_path))
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\na.png,one,two\n")
+    assert any("a column stands in it twice" in line for line in read_problems(tmp_path))
 
 
 FIELDS = st.dictionaries(st.sampled_from(["file_name", "text"]), VALUES)

@@ -30,6 +30,7 @@ from image_folders import (
 from PIL import Image
 
 from sdtune.training import dataset
+from sdtune.training.errors import DataError
 
 many_examples = settings(max_examples=50, deadline=None, database=None)
 
@@ -322,3 +323,30 @@ def test_the_number_in_the_name_of_kohyas_folders_is_how_often_an_image_is_train
     notes = read_notes(tmp_path)
     assert any("as often as their folders say" in note and "10 x 10_girl" in note for note in notes)
     assert any("no count of repeats from 1 to 100" in note and "2023_trip/d.png" in note for note in notes)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_pipes_and_devices_are_named_and_never_read(tmp_path):
+    write_image(tmp_path / "a.png")
+    write_caption(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "a.caption")
+    (tmp_path / "c.png").symlink_to("/dev/zero")
+    problems = read_problems(tmp_path)
+    assert [line.split(": ")[1] for line in problems] == ["a pipe, a socket or a device, not a file; remove it"] * 3
+
+
+def test_a_png_whose_content_differs_from_its_checksums_is_refused(tmp_path):
+    path = write_image(tmp_path / "a.png", (64, 64))
+    write_caption(tmp_path / "a.txt")
+    content = bytearray(path.read_bytes())
+    content[-14] ^= 1  # the last byte of the checksum of the pixels
+    path.write_bytes(content)
+    assert_only_problem(tmp_path, "a.png", "damaged")
+
+
+@pytest.mark.parametrize("source", ["", "~nobody-there/x", "x" * 5000, "a\nb"])
+def test_a_text_that_can_be_no_folder_is_refused_in_words(source):
+    with pytest.raises(DataError, match="no such folder") as error:
+        dataset.read_splits(source, BUCKETS)
+    assert len(str(error.value)) < 500

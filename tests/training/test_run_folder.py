@@ -39,6 +39,13 @@ def test_a_finished_result_is_never_replaced_and_a_new_run_takes_a_new_folder(pa
     )
     assert (tmp_path / "output/anime/tuner.safetensors").read_bytes() == content
     assert list((tmp_path / "output/anime-2").glob("last-good*.safetensors"))
+    content = (tmp_path / "output/anime/tuner.safetensors").read_bytes()
+    with pytest.raises(
+        errors.TrainError, match="output/anime-2, the last run, .*or name another.*--output output/anime"
+    ):
+        sdtune.fit(short_run(pairs, tmp_path, output=None, steps=2, resume=True))
+    assert (tmp_path / "output/anime/tuner.safetensors").read_bytes() == content
+    (tmp_path / "output/anime-2").rename(tmp_path / "elsewhere")
     resumed = sdtune.fit(short_run(pairs, tmp_path, output=None, steps=2, resume=True))
     assert resumed.tuner == Path("output/anime/tuner.safetensors")
 
@@ -124,6 +131,31 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(finished, 
             (folder / name).write_bytes(b"")
         with pytest.raises(errors.TrainError, match="optimizer.bin is empty.*there is no whole one"):
             sdtune.fit(short_run(pairs, tmp_path, steps=3, resume=True))
+
+
+@pytest.mark.parametrize("changes", [{"step": "a"}, {"step": -1}, {"losses": []}, {"losses": "ab"}, {"digests": "a"},
+                                     {"heldout": {"x": 1}}, {"settings": None}, None])  # fmt: skip
+def test_a_state_that_no_run_has_written_is_damage(finished, tmp_path, changes):
+    shutil.copytree(finished, tmp_path / "run")
+    last = tmp_path / "run/checkpoints/step-000002"
+    state = json.loads((last / "state.json").read_text())
+    (last / "state.json").write_text(json.dumps([] if changes is None else state | changes))
+    (last / "files.json").unlink()  # as before there were manifests
+    lines = []
+    assert checkpoints.find_checkpoint(tmp_path / "run", lines.append).name == "step-000001"
+    assert "state.json: " in lines[0]
+
+
+def test_a_manifest_of_another_kind_is_damage_and_a_file_in_a_checkpoint_s_place_is_replaced(finished, pairs, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    last = tmp_path / "run/checkpoints/step-000002"
+    for content in ("[]", "null", '{"state.json": 5}', "[" * 100_000):
+        (last / "files.json").write_text(content)
+        assert "files.json" in checkpoints.find_damage(last)
+    shutil.rmtree(last)
+    last.write_text("not a folder")
+    assert sdtune.fit(short_run(finished.parent / "data", tmp_path, steps=2, resume=True)).steps == 2
+    assert checkpoints.find_damage(last) is None
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,11 @@ class _OneGraph:
             self.graph = graph
 
 
+def is_compiled(model) -> bool:
+    """Whether torch.compile, `compile()` or `compile_repeated_blocks()` has compiled a model or a part of it."""
+    return hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
+
+
 @contextmanager
 def graphed_unet(unet):
     """A context in which a UNet's passes without a gradient, all of one shape, run as a CUDA graph.
@@ -86,7 +91,7 @@ def graphed_unet(unet):
     is replaced.
     """
     hooked = any(hasattr(module, hook) for module in unet.modules() for hook in ("_hf_hook", "_diffusers_hook"))
-    replaced = hasattr(unet, "_orig_mod") or "forward" in vars(unet)
+    replaced = is_compiled(unet) or "forward" in vars(unet)
     if unet.device.type != "cuda" or not is_enabled() or hooked or replaced:
         yield
         return
