@@ -228,6 +228,11 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
                     wrong.append(f"{path} has only {', '.join(sorted(parts))}")
                     continue
                 found.rank = max([found.rank, *(shapes[parts[p]][0] for p in ("lokr_w1_b", "lokr_w2_b") if p in parts)])
+                sizes = [_product_shape(shapes, parts, f"lokr_{w}") for w in ("w1", "w2")]
+                if "lokr_t2" not in parts and (
+                    None in sizes or wide and len(wide) == 2 and tuple(x * y for x, y in zip(*sizes)) != wide
+                ):
+                    wrong.append(f"{path} has parts that make no matrix of this base's layer")
             if found.kind in ("LoHa", "LoKr") and "magnitude" in parts:
                 wrong.append(f"{path} has a dora_scale, which PEFT has only for LoRA")
     if wrong:
@@ -235,6 +240,14 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
             f"{found.path} is a {found.kind} that does not fit this base: {len(wrong)} of its {found.count} layers: "
             f"{list_some(wrong, 2)}; use the base that it was made for"
         )
+
+
+def _product_shape(shapes: dict, parts: dict[str, str], name: str) -> tuple[int, ...] | None:
+    """The shape of a LoKr's factor, which is stored whole or as a product of two matrices; None if they do not fit."""
+    if name in parts:
+        return shapes[parts[name]] if len(shapes[parts[name]]) == 2 else None
+    a, b = shapes[parts[f"{name}_a"]], shapes[parts[f"{name}_b"]]
+    return (a[0], b[1]) if len(a) == len(b) == 2 and a[1] == b[0] else None
 
 
 def _is_per_output(shape: tuple[int, ...], outputs: int) -> bool:
