@@ -28,6 +28,7 @@ _SAME = {"lora_down": "A", "lora.down": "A", "lora_linear_layer.down": "A", "lor
          "lora_linear_layer.up": "B", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}  # fmt: skip
 _PREFIXES = (("lora_unet_", "unet"), ("lora_te_", "text_encoder"), ("lora_te1_", "text_encoder"),
              ("text_encoder.", "text_encoder"), ("unet.", "unet"), ("base_model.model.", "unet"))  # fmt: skip
+MAX_ALPHA = 1_000_000  # far above any that is in use; products with greater ones lose the layer's own weights
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
 _OTHER_FAMILIES = {
     "Stable Diffusion XL": r"^(lora_te2_|text_encoder_2\.)",
@@ -263,7 +264,7 @@ def load(pipe, path: Path, name: str) -> None:
     """Loads a file into a pipeline as adapter `name`.
 
     Raises:
-        TunerFileError: as `inspect`, or if a weight is not finite.
+        TunerFileError: as `inspect`, if a weight is not finite, or if an alpha is beyond `MAX_ALPHA`.
     """
     found = inspect(path, pipe.unet, getattr(pipe, "text_encoder", None))
     tensors = load_file(path)
@@ -272,6 +273,12 @@ def load(pipe, path: Path, name: str) -> None:
         raise TunerFileError(
             f"{path} is a {found.kind} of which {len(bad)} of {len(tensors)} tensors hold NaN or infinity: "
             f"{list_some(bad)}; it is damaged, get it again or train it with a lower rate"
+        )
+    huge = [f"{k} ({t.item():g})" for k, t in tensors.items() if k.endswith("alpha") and t.abs().item() > MAX_ALPHA]
+    if huge:
+        raise TunerFileError(
+            f"{path} is a {found.kind} with {list_some(huge)}; an alpha is a number near the rank, at most "
+            f"{MAX_ALPHA:,}: the file is damaged, get it again"
         )
     if found.kind in ("LoHa", "LoKr"):
         _load_lycoris(pipe, found, tensors, name)

@@ -1,5 +1,7 @@
 """The exceptions of data sets and of training runs, and how messages show lists and file names."""
 
+import re
+
 from .. import paths
 
 
@@ -11,7 +13,7 @@ class DataError(ValueError):
     """
 
     def __init__(self, source, problems: list[str]):
-        self.problems = [printable(p) for p in problems]
+        self.problems = [_shorten_words(printable(p)) for p in problems]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{paths.show(source)}: {count}\n" + "\n".join(f"  - {p}" for p in self.problems))
 
@@ -39,6 +41,11 @@ class Stopped(TrainError):
 def shorten_list(names: list[str]) -> str:
     """The first five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _shorten_words(text: str) -> str:
+    """The text with the middle of words longer than any file name left out."""
+    return re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}...{word[0][-50:]}", text)
 
 
 def printable(text: str) -> str:

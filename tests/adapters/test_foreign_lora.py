@@ -79,6 +79,7 @@ def test_nan_weights_other_families_and_other_formats_are_refused_by_name(pipe, 
     pair = {f"{kohya(name)}.lora_down.weight": noise(4, into), f"{kohya(name)}.lora_up.weight": noise(out, 4)}
     per_input = {f"{kohya(name)}.dora_scale": torch.ones(1, into)}
     files = {
+        "alpha": ({**pair, f"{kohya(name)}.alpha": torch.tensor(1e30)}, r"alpha \(1e\+30\); an alpha is a number near"),
         "nan": ({**pair, f"{kohya(name)}.lora_up.weight": torch.full((out, 4), float("nan"))}, "NaN or infinity"),
         "flux": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": noise(4, 64)}, "Flux"),
         "xl": ({**pair, "lora_te2_text_model_x.lora_down.weight": noise(4, 8)}, "Stable Diffusion XL"),
@@ -94,7 +95,7 @@ def test_nan_weights_other_families_and_other_formats_are_refused_by_name(pipe, 
         assert f"{title}.safetensors" in str(error.value)
         assert not pipe.get_list_adapters()
     fits = {f.label for f in AdapterFiles([tmp_path], base.unet, base.text_encoder).by_label.values() if f.fits}
-    assert fits == {"nan"}  # the page reads no weights before it loads a file
+    assert fits == {"nan", "alpha"}  # the page reads no weights before it loads a file
 
 
 def test_layers_that_the_base_lacks_are_told_with_their_number_and_names(pipe, base, tmp_path):

@@ -112,6 +112,13 @@ def test_missing_and_superfluous_captions_in_metadata(tmp_path):
     assert all("metadata.jsonl" in line for line in read_problems(tmp_path)[:2])
 
 
+def test_a_name_that_is_longer_than_any_file_name_is_shortened_in_the_message(tmp_path):
+    write_image(tmp_path / "a.png")
+    write_jsonl(tmp_path, metadata_row("a.png"), metadata_row("x" * 5000))
+    (problem,) = read_problems(tmp_path)
+    assert "x" * 40 + "..." + "x" * 40 in problem and len(problem) < 500
+
+
 def test_metadata_and_caption_files_together_are_one_problem(tmp_path):
     for stem in "abcdefgh":
         write_image(tmp_path / f"{stem}.png")
