@@ -95,7 +95,7 @@ def test_a_set_that_cannot_be_trained_on_has_its_problems_listed(drawn, tmp_path
     assert "a.png: no caption" in error and "b.png: damaged" in error and not (tmp_path / "page.html").exists()
     with pytest.raises(SystemExit):
         command.main([str(tmp_path / "set"), "--resolution", "13"])
-    assert "resolution is 13; it must be at least 64" in capsys.readouterr().err
+    assert "resolution is 13; it must be from 64 to 8192" in capsys.readouterr().err
 
 
 def test_a_mask_that_leaves_little_is_noted(drawn, tmp_path, capsys):
