@@ -278,7 +278,7 @@ model.diffusion_model = UNetModel(**settings)
 for p in model.parameters():
     torch.nn.init.normal_(p, std=0.02)
 cpu = torch.device("cpu")
-patched, words = node.LoadTuner().load(ModelPatcher(model, cpu, cpu), {!r}, 1.0)
+patched, words, _ = node.LoadTuner().load(ModelPatcher(model, cpu, cpu), {!r}, 1.0)
 x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, settings["context_dim"])
 unet = patched.patch_model().diffusion_model
 with torch.no_grad():
