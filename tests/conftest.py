@@ -4,6 +4,7 @@ import copy
 import http.server
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -29,6 +30,9 @@ ANIME = Path(__file__).parent.parent / "assets" / "anime"
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes and nohup ignore these
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not any("test_cuda" in argument for argument in config.args):  # test_cuda.py has the GPU for itself
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others compare what a CPU computes, often bit for bit
 
