@@ -52,7 +52,7 @@ def test_the_command_is_stopped_twice_continues_and_writes_tables_grid_and_curve
     assert [r["method"] for r in rows] == labels
     assert int(rows[2]["parameters"]) == 193_440 and float(rows[2]["step_seconds"]) == 2
     size = int(rows[2]["file_bytes"])
-    assert 0 < size - 2 * 193_440 < 30_000  # weights in fp16, and metadata
+    assert 0 < size - 2 * 193_440 < 100_000  # weights in fp16, and metadata with a thumbnail
     assert float(rows[0]["drawing_seconds"]) == 1
     assert f"| res_attn | 193,440 | {size / 1e3:,.0f} | 3 | 2.000 | 1.000 |" in table
     assert jobs == [("draw", "base", None), *((part, n, n) for n in ("res_attn", "lora") for part in ("draw", "train"))]
