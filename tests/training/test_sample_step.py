@@ -47,7 +47,9 @@ def test_a_noise_offset_moves_each_channel_as_a_whole():
 
 
 @settings(deadline=None, max_examples=40)
-@given(counts=st.lists(st.integers(1, 9), min_size=2, max_size=5), batch=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=2, max_size=5), batch=st.integers(1, 6), seed=st.integers(0, 2**32 - 1)
+)  # fmt: skip
 def test_images_of_every_shape_are_trained_on_equally_often_also_the_only_one_of_its_shape(counts, batch, seed):
     encoded, config = make_encoded(counts, 1, 2), sdtune.TrainConfig(seed=seed)
     steps = sum(counts)
