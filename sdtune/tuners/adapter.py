@@ -2,33 +2,17 @@
 where Pfeiffer et al. (arXiv 2005.00247) place it."""
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from .base import Context, Tuner
+from .base import Context
+from .res_adapter import ResAdapter
 
 
-class Adapter(Tuner):
-    """gelu(OP(x) W_down) W_up, with biases: x' = OP(x) + tuner(OP(x)), in sequence with the operation.
+class Adapter(ResAdapter):
+    """The bottleneck of `ResAdapter` in sequence with the operation: x' = OP(x) + tuner(OP(x)).
 
-    `down` starts as PyTorch's linear layers do, `up` at zero. Parameters: 2 * dim * length + length + dim.
-
-    Args:
-        dim: width of the tokens.
-        length: width of the bottleneck; 96 in the comparisons of VPT and Res-Tuning on ViT-B/16.
-        proj_drop: dropout on the result in training, from 0 to below 1.
+    Its `length` is 96 in the comparisons of VPT and Res-Tuning on ViT-B/16.
     """
-
-    per_token = True
-
-    def __init__(self, dim: int, length: int = 96, proj_drop: float = 0.0):
-        super().__init__()
-        self.down = nn.Linear(dim, length)
-        self.up = nn.Linear(length, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """context.output: (B, N, dim) -> (B, N, dim)."""
-        return self.proj_drop(self.up(F.gelu(self.down(context.output))))
+        return super().forward(context.output)
