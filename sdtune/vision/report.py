@@ -139,6 +139,7 @@ def plot(results: dict, methods: list[str], data: list[str], path: Path) -> None
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.2 * columns, 4 * rows), dpi=90, layout="constrained")
     for axes, (name, own) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items()):
+        points = {}
         for method, e in own.items():
             runs = [r for k, r in results["runs"].items() if k.split("/")[-2] == method and "correct" in r
                     and (name == "mean" or k.startswith(f"{name}/"))]  # fmt: skip
@@ -146,14 +147,37 @@ def plot(results: dict, methods: list[str], data: list[str], path: Path) -> None
             colour = "#c8442c" if method.startswith("res_attn") else "#2f6db3"
             axes.plot([x, x], [100 * e.low, 100 * e.high], color=colour, alpha=0.5)
             axes.plot([x], [100 * e.value], "o", color=colour, markersize=4)
-            axes.annotate(method, (x, 100 * e.value), fontsize=7, xytext=(4, 2), textcoords="offset points")
+            points[method] = x, 100 * e.value, colour
         axes.set(xscale="log", title=name, xlabel="trained parameters, with the head", ylabel="accuracy (%)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
+        _label_points(axes, points)
     for axes in figure.axes[len(panels) :]:
         axes.set_visible(False)
     with tuner_file.disk.new_file(path) as part:
         figure.savefig(part, format="png")
+
+
+def _label_points(axes, points: dict[str, tuple[float, float, str]], gap: float = 0.055) -> None:
+    """Writes the names of points (x, y, colour) to the right of the axes, apart from each other, with a line to each.
+
+    Args:
+        gap: least distance of two names, as a share of the height.
+    """
+    low, high = axes.get_ylim()
+    names = sorted(points, key=lambda name: points[name][1])
+    heights = [(points[name][1] - low) / (high - low) for name in names]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    heights[-1] = min(heights[-1], 1.0)
+    for i in reversed(range(len(heights) - 1)):
+        heights[i] = min(heights[i], heights[i + 1] - gap)
+    for name, height in zip(names, heights):
+        x, y, colour = points[name]
+        axes.annotate(
+            name, (x, y), xytext=(1.03, height), textcoords="axes fraction", fontsize=8, color=colour, va="center",
+            annotation_clip=False, arrowprops=dict(arrowstyle="-", color=colour, alpha=0.25, linewidth=0.7),
+        )  # fmt: skip
 
 
 def draw_mistakes(path: Path, data: Data, predictions: list[int], columns: int = 6) -> None:
