@@ -11,10 +11,9 @@ import torch
 
 from ..adapters import tuner_file
 from ..adapters.tuner_file import TunerFile
-from ..tuners.config import TunerConfig
+from ..tuners.config import LORAS, TunerConfig
 from .errors import TrainError
 
-LORAS = ("lora", "dora")
 GROWING = ("res_attn", *LORAS)  # the kinds whose rank can grow
 
 
