@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from ..tuners.config import LORAS
 from . import tuner_file
 
 
@@ -30,7 +31,7 @@ def export_to_kohya(source: str | Path, target: str | Path | None = None) -> Pat
     """
     source = tuner_file.find(source)
     file = tuner_file.load(source)
-    if file.config.kind not in ("lora", "dora"):
+    if file.config.kind not in LORAS:
         raise tuner_file.TunerFileError(
             f"{source} holds a {file.config.kind}, for which kohya's format has no keys; use sdtune's node for ComfyUI "
             "or its extension for Forge, in sdtune/integrations"
