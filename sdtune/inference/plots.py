@@ -23,6 +23,6 @@ def plot_losses(path: Path, losses: list[float], heldout: dict[int, float], titl
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)  # never over the curves
     with disk.new_file(path) as part:
         figure.savefig(part, format="png")
