@@ -106,6 +106,12 @@ def set_number(page, field: str, value) -> None:
     page.locator(f"#{field} input[type=number]").press("Tab")
 
 
+def size_of_grid(page) -> list[int]:
+    """Width and height of the drawn grid, once the browser has decoded it."""
+    size = "async i => { await i.decode(); return [i.naturalWidth, i.naturalHeight]; }"
+    return page.locator("#drawn-grid img.drawn").evaluate(size)
+
+
 def wait_for_text(page, elem_id: str, text: str | re.Pattern) -> str:
     """Waits until an element contains a text, and returns all of its text."""
     page.locator(f"#{elem_id}", has_text=text).wait_for()
@@ -231,7 +237,7 @@ def test_a_grid_has_two_axes_and_the_weight_slider_redraws(page):
     page.click("#draw-grid")
     wait_for_text(page, "grid-status", "Drawn in")
     assert len(download_images(page, "drawn-grid")) == 1
-    width, height = page.locator("#drawn-grid img.drawn").evaluate("i => [i.naturalWidth, i.naturalHeight]")
+    width, height = size_of_grid(page)
     assert width > 2 * 256 and height > 3 * 256
     open_tab(page, "Weight")
     page.locator("#weight-slider input[type=range]").focus()
@@ -259,7 +265,7 @@ def test_a_grid_compares_adapters_prompts_checkpoints_and_guidance(page):
     page.locator("#values-down textarea").fill("a girl\na boy\na cat")
     page.click("#draw-grid")
     wait_for_text(page, "grid-status", "Drawn in")
-    width, height = page.locator("#drawn-grid img.drawn").evaluate("i => [i.naturalWidth, i.naturalHeight]")
+    width, height = size_of_grid(page)
     assert width > 4 * 256 and height > 3 * 256
 
     choose(page, "axis-across", "training checkpoint")
@@ -270,7 +276,7 @@ def test_a_grid_compares_adapters_prompts_checkpoints_and_guidance(page):
     old = page.locator("#drawn-grid img.drawn").evaluate("i => i.src")
     page.click("#draw-grid")
     page.wait_for_function("old => document.querySelector('#drawn-grid img.drawn').src != old", arg=old)
-    width, height = page.locator("#drawn-grid img.drawn").evaluate("i => [i.naturalWidth, i.naturalHeight]")
+    width, height = size_of_grid(page)
     assert 2 * 256 < width < 3 * 256 + 100 and 2 * 256 < height < 3 * 256
     choose(page, "axis-down", "adapter")
     page.click("#draw-grid")
