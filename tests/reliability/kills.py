@@ -11,6 +11,7 @@ A run is a process of its own, forked from one that has run the same once, so th
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -32,7 +33,7 @@ from tqdm.auto import tqdm
 import train_anime
 
 from . import commands
-from .pictures import write_pairs
+from .pictures import make_picture, write_pairs
 
 STEPS = 6
 COMMON = ("--batch_size 1 --resolution 64 --preview_steps 1 --preview_prompts waves --guidance_scale 1 "
@@ -44,6 +45,8 @@ SETTINGS = (
     "--rank 2 --num_heads 2 --attn_drop 0.2 --preview_every 0 --checkpoint_every 3 --gradient_accumulation_steps 2",
     "--kind full --preview_every 0 --checkpoint_every 2",
     "--rank 1 --num_heads 1 --preview_every 0 --checkpoint_every 100",
+    "--rank 1 --num_heads 1 --preview_every 2 --checkpoint_every 1 --clip_skip 2 --trigger_words sks --shuffle_tags "
+    "--tag_dropout 0.3 --caption_variants 3 --mask_weight 0 --preserve 0.5 --ema_decay 0.9",
 )
 SECONDS = 600  # a run that takes longer hangs; it computes for two, but the machine may be busy
 
@@ -216,6 +219,22 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
+def data_folder(settings: str) -> str:
+    """The name of the data set on which a run with these settings trains."""
+    return "split" if "--stop_when" in settings else "portraits" if "--mask_weight" in settings else "data"
+
+
+def write_portraits(folder: Path, rng: random.Random) -> None:
+    """Three pictures of 2:3 in two sizes, with a mask for one, and two captions of tags for each."""
+    folder.mkdir()
+    for i, size in enumerate([(64, 96), (80, 120), (64, 96)]):
+        Image.open(io.BytesIO(make_picture(rng, ".png"))).resize(size).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"waves, {{red|blue}}, sea, number {i}\na picture of waves")
+    mask = Image.new("L", (64, 96))
+    mask.paste(255, (0, 0, 64, 48))
+    mask.save(folder / "0-mask.png")
+
+
 def run_trials(kills: int, seed: int) -> list[Trial]:
     """Trials until as many runs have been killed, over all `SETTINGS` in turn."""
     trials, references = [], {}
@@ -226,11 +245,11 @@ def run_trials(kills: int, seed: int) -> list[Trial]:
         for split in ("train", "test"):
             (root / "split" / split).parent.mkdir(exist_ok=True)
             write_pairs(root / "split" / split, random.Random(f"{seed} {split}"))
+        write_portraits(root / "portraits", random.Random(f"{seed} portraits"))
         while sum(len(t.kills) for t in trials) < kills:
             number = len(trials)
             settings = SETTINGS[number % len(SETTINGS)]
-            data = root / ("split" if "--stop_when" in settings else "data")
-            flags = [*settings.split(), *COMMON, "--data", str(data)]
+            flags = [*settings.split(), *COMMON, "--data", str(root / data_folder(settings))]
             trial = Trial(settings)
             trials.append(trial)
             try:
