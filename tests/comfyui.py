@@ -6,6 +6,7 @@ out in an extra, so it is installed without them into a temporary folder where i
 Another ComfyUI, whose requirements are installed, is tested by `COMFYUI=path/to/ComfyUI pytest tests/integrations`.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -51,8 +52,9 @@ def import_comfyui(folder: Path) -> types.SimpleNamespace:
         sys.argv, sys.path = sys.argv[:1], [str(root), *sys.path]
         from comfy import cli_args
 
-        cli_args.args.cpu = True
-        names = ("comfy.sd", "comfy.model_patcher", "comfy.supported_models", "comfy.utils", "folder_paths", "nodes",
+        cli_args.args.cpu = cli_args.args.fp32_text_enc = True
+        names = ("comfy.sd", "comfy.sd1_clip", "comfy.supported_models_base", "comfy.model_patcher",
+                 "comfy.supported_models", "comfy.utils", "folder_paths", "nodes",
                  "comfy.ldm.modules.attention", "comfy.latent_formats", "comfy.model_management")  # fmt: skip
         return types.SimpleNamespace(**{n.rpartition(".")[2]: importlib.import_module(n) for n in names})
     finally:
@@ -105,6 +107,29 @@ def comfyui_model(comfyui, unet, dtype: torch.dtype = torch.float32):
     model = model.to(dtype).eval().requires_grad_(False)
     cpu = torch.device("cpu")
     return comfyui.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def comfyui_clip(comfyui, pipe, folder: Path):
+    """The text encoder and tokenizer of a diffusers pipeline as ComfyUI's `CLIP`, with the same weights.
+
+    Args:
+        folder: for the configuration and the tokenizer, which ComfyUI reads from files.
+    """
+    encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
+    encoder.config.to_json_file(folder / "config.json")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    target = comfyui.supported_models_base.ClipTarget(None, comfyui.sd1_clip.SD1ClipModel)
+    ids = dict(start=tokenizer.bos_token_id, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
+    target.params = dict(textmodel_json_config=str(folder / "config.json"), special_tokens=ids)
+    kind = functools.partial(comfyui.sd1_clip.SDTokenizer, str(folder / "tokenizer"))
+    target.tokenizer = functools.partial(comfyui.sd1_clip.SD1Tokenizer, tokenizer=kind)
+    with torch.no_grad():
+        clip = comfyui.sd.CLIP(target)
+    model = clip.cond_stage_model.clip_l.transformer.text_model
+    model.embeddings.token_embedding.weight = encoder.get_input_embeddings().weight  # ComfyUI's has SD 1.5's vocabulary
+    found = model.load_state_dict(getattr(encoder, "text_model", encoder).state_dict(), strict=False)
+    assert not found.missing_keys
+    return clip
 
 
 def predict(model, x: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,12 @@ def loaded_model(comfyui, base):
     return helpers.comfyui_model(comfyui, base.unet)
 
 
+@pytest.fixture(scope="session")
+def clip(comfyui, base, tmp_path_factory):
+    """The small base's text encoder in ComfyUI."""
+    return helpers.comfyui_clip(comfyui, base, tmp_path_factory.mktemp("clip"))
+
+
 @pytest.fixture
 def model(comfyui, loaded_model):
     """The small base's UNet in ComfyUI, which at the end of a test forgets that it has drawn with it."""
