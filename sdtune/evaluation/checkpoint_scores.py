@@ -1,15 +1,11 @@
-"""Which checkpoint of a run should be kept? `python -m sdtune.evaluation.choose_step --help`
+"""Scores every checkpoint of a run on held-out prompts and recommends one; `choose_step` is the command.
 
-    python -m sdtune.evaluation.choose_step output/mine
-
-Draws held-out prompts with every checkpoint from the same noise into one sheet, scores each by the metrics of
-`sdtune.evaluation` (extra `evaluate`), and recommends one: the earliest that is beyond doubt worse than the best
-neither in style, nor in following its prompt, nor in held-out error. Written into the folder of the run: steps.png and
-steps.md.
+The prompts are drawn with every checkpoint from the same noise into one sheet, and scored by the metrics of
+`sdtune.evaluation` (extra `evaluate`). Recommended is the earliest that is beyond doubt worse than the best neither in
+style, nor in following its prompt, nor in held-out error.
 """
 
-import argparse
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +13,6 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from .. import extras
 from ..adapters import api, tuner_file
 from ..bases import load, properties
 from ..inference import compare, grids
@@ -30,6 +25,7 @@ from . import features, intervals, metrics
 from .intervals import Statistic
 from .model import default_device
 
+SHEET_NAME, TABLE_NAME = "steps.png", "steps.md"
 MOST_STEPS = 8  # checkpoints that are scored, besides the base
 CRITERIA = {"kid": -1, "rank": 1, "error": -1}  # metric -> 1 where more is better, -1 where less is
 
@@ -44,8 +40,55 @@ class Scored:
     losses: list[float]
 
 
-def score_steps(folder: Path, prompts: int, drawing_steps: int) -> tuple[list[Scored], list[str], list[Image.Image]]:
-    """The base (step 0) and every checkpoint, the held-out prompts and their true pictures.
+@dataclass(frozen=True)
+class Recommendation:
+    """The step to keep, 0 for the base, the reason as a sentence, the sheet of all steps, and their scores."""
+
+    step: int
+    reason: str
+    sheet: Path
+    scored: list[Scored]
+
+    def tuner(self) -> Path | None:
+        """The tuner file of the step, or None for the base."""
+        folder = self.sheet.parent / checkpoints.FOLDER / f"step-{self.step:06d}"
+        return folder / tuner_file.FILE_NAME if self.step else None
+
+
+def choose(
+    folder: Path,
+    prompts: int = 8,
+    drawing_steps: int = 20,
+    log: Callable[[str], None] = print,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Recommendation:
+    """Scores the checkpoints of a run and writes steps.png and steps.md into its folder.
+
+    Args:
+        folder: the output of a training with held-out pictures.
+        prompts: most held-out prompts, at least 2.
+        drawing_steps: sampling steps of a picture.
+        log: called with a line for each thing that a user should know.
+        on_progress: called with (UNet passes done, passes in all) after each pass; an exception of it ends the work.
+
+    Raises:
+        TrainError, DataError, BaseError, MissingPackages: as `score_steps`.
+    """
+    scored, texts, true = score_steps(folder, prompts, drawing_steps, log, on_progress)
+    step, reason = recommend(scored)
+    sheet = write_sheet(folder, scored, texts, true, step)
+    tuner_file.write_text(folder / TABLE_NAME, make_table(scored, reason))
+    return Recommendation(step, reason, sheet, scored)
+
+
+def score_steps(
+    folder: Path,
+    prompts: int,
+    drawing_steps: int,
+    log: Callable[[str], None],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Scored], list[str], list[Image.Image]]:
+    """The base (step 0) and every checkpoint, the held-out prompts and their true pictures; arguments as of `choose`.
 
     Raises:
         TrainError: if the run has no checkpoints, or fewer than two held-out pictures.
@@ -68,7 +111,7 @@ def score_steps(folder: Path, prompts: int, drawing_steps: int) -> tuple[list[Sc
     pipe = load.load_base(config.base)
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
         model.requires_grad_(False).eval()
-    of_pairs, encoded = setup.encode_pairs(config, pipe, pairs, heldout, buckets, device, torch.float32, print)
+    of_pairs, encoded = setup.encode_pairs(config, pipe, pairs, heldout, buckets, device, torch.float32, log)
     pipe.to(device)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     shapes = [buckets.shape_for(pair.size) for pair in heldout]
@@ -82,7 +125,13 @@ def score_steps(folder: Path, prompts: int, drawing_steps: int) -> tuple[list[Sc
             compare.Cell(text, i, adapters, guidance, "", *shape, config.clip_skip)
             for i, (text, shape) in enumerate(zip(texts, shapes))
         ]
-        drawn = compare.draw_cells(pipe, cells, steps=drawing_steps, title=f"step {step}")
+
+        def on_step(done: int, passes: int) -> None:
+            if on_progress:
+                on_progress(len(scored) * passes + done, (len(found) + 1) * passes)
+
+        title = "" if on_progress else f"step {step}"
+        drawn = compare.draw_cells(pipe, cells, steps=drawing_steps, title=title, on_step=on_step)
         losses = denoising_errors(pipe.unet, scheduler, encoded)
         own = features.features(drawn, device)
         scores = {
@@ -93,7 +142,8 @@ def score_steps(folder: Path, prompts: int, drawing_steps: int) -> tuple[list[Sc
         }
         return Scored(step, drawn, scores, losses.tolist())
 
-    scored = [score(0, {})]
+    scored: list[Scored] = []
+    scored.append(score(0, {}))
     for path in found:
         name = api.attach_file(pipe, path, "scored")
         scored.append(score(int(path.name[5:]), {name: 1.0}))
@@ -148,7 +198,7 @@ def write_sheet(folder: Path, scored: list[Scored], texts: list[str], true: list
     """Writes steps.png: a row for each prompt, a column for each step with its scores, and the true picture."""
     columns = [[*s.pictures] for s in scored] + [true]
     titles = [_title(s, chosen) for s in scored] + ["true picture"]
-    path = folder / "steps.png"
+    path = folder / SHEET_NAME
     grids.write_png(grids.make_grid([list(row) for row in zip(*columns)], titles, texts, cell=160), path)
     return path
 
@@ -162,8 +212,17 @@ def _title(scored: Scored, chosen: int) -> str:
 
 def make_table(scored: list[Scored], reason: str) -> str:
     """The content of steps.md: the recommendation, and each step's scores with their intervals over the prompts."""
-    columns = [column for column in metrics.COLUMNS if column.key in scored[0].scores]
-    rows = [["step", *(column.title for column in columns)], ["---"] * (len(columns) + 1)]
+    titles, *rows = score_rows(scored)
+    lines = [f"Recommended: {reason}.", ""]
+    lines += [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)]
+    lines += ["", *(f"- **{title}**: {meaning}" for title, meaning in meanings(scored))]
+    return "\n".join(lines) + "\n"
+
+
+def score_rows(scored: list[Scored]) -> list[list[str]]:
+    """A table of the scores of each step with their intervals over the prompts; the first row are the titles."""
+    columns = _columns(scored)
+    rows = [["step", *(column.title for column in columns)]]
     for s in scored:
         found = [intervals.estimate([s.scores[column.key]]) for column in columns]
         cells = [
@@ -171,36 +230,13 @@ def make_table(scored: list[Scored], reason: str) -> str:
             for c, e in zip(columns, found)
         ]
         rows.append([str(s.step) if s.step else "0, the base", *cells])
-    lines = [f"Recommended: {reason}.", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    lines += [f"- **{column.title}**: {column.meaning}" for column in columns]
-    return "\n".join(lines) + "\n"
+    return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command with these arguments, by default those of the process; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdtune.evaluation.choose_step", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("folder", help="the output of a training with held-out pictures", type=Path)
-    parser.add_argument("--prompts", help="most held-out prompts (default: 8)", type=int, default=8)
-    parser.add_argument("--drawing_steps", help="sampling steps of a picture (default: 20)", type=int, default=20)
-    options = parser.parse_args(argv)
-    if options.prompts < 2 or options.drawing_steps < 1:
-        parser.error("prompts must be at least 2, and drawing_steps at least 1")
-    try:
-        scored, texts, true = score_steps(options.folder, options.prompts, options.drawing_steps)
-    except (TrainError, ValueError, OSError, extras.MissingPackages) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    step, reason = recommend(scored)
-    sheet, table = write_sheet(options.folder, scored, texts, true, step), make_table(scored, reason)
-    tuner_file.write_text(options.folder / "steps.md", table)
-    print(table)
-    if step:
-        print(f"its tuner: {options.folder / checkpoints.FOLDER / f'step-{step:06d}' / tuner_file.FILE_NAME}")
-    print(f"the sheet: {sheet}")
-    return 0
+def meanings(scored: list[Scored]) -> list[tuple[str, str]]:
+    """The title of each metric and what it measures."""
+    return [(column.title, column.meaning) for column in _columns(scored)]
+
+
+def _columns(scored: list[Scored]) -> list[metrics.Column]:
+    return [column for column in metrics.COLUMNS if column.key in scored[0].scores]

@@ -5,7 +5,7 @@ from PIL import Image
 from training_runs import short_run
 
 import sdtune
-from sdtune.evaluation import step_chooser
+from sdtune.evaluation import checkpoint_scores, choose_step
 from sdtune.evaluation.intervals import mean
 
 
@@ -13,32 +13,32 @@ def scored(step, kid, rank, error):
     """A step with these values for each of 8 prompts, up to small differences that are the same for all steps."""
     noise = 1e-3 * torch.randn(8, generator=torch.Generator().manual_seed(step))
     scores = {"kid": mean(kid + noise), "rank": mean(rank + noise), "error": mean(error + noise)}
-    return step_chooser.Scored(step, [], scores, [error] * 8)
+    return checkpoint_scores.Scored(step, [], scores, [error] * 8)
 
 
 def test_the_earliest_step_that_is_not_worse_beyond_doubt_is_recommended_with_the_reason():
     steps = [scored(0, 0.5, 0.5, 0.3), scored(100, 0.2, 0.9, 0.2), scored(200, 0.2, 0.9, 0.2)]
-    step, reason = step_chooser.recommend(steps)
+    step, reason = checkpoint_scores.recommend(steps)
     assert step == 100 and "step 100 is the earliest that cannot be told from the best one in KID" in reason
-    step, reason = step_chooser.recommend([steps[0], scored(100, 0.4, 0.9, 0.2), scored(200, 0.2, 0.9, 0.2)])
+    step, reason = checkpoint_scores.recommend([steps[0], scored(100, 0.4, 0.9, 0.2), scored(200, 0.2, 0.9, 0.2)])
     assert step == 200
 
 
 def test_steps_after_the_heldout_loss_has_risen_are_left_out():
     steps = [scored(0, 0.5, 0.5, 0.3), scored(100, 0.3, 0.8, 0.2), scored(200, 0.1, 0.9, 0.25), scored(300, 0, 1, 0.3)]
-    step, reason = step_chooser.recommend(steps)
+    step, reason = checkpoint_scores.recommend(steps)
     assert step == 100 and "steps after 100 are left out, since the held-out loss rises there" in reason
 
 
 def test_a_base_that_nothing_improves_is_said():
-    step, reason = step_chooser.recommend([scored(0, 0.2, 0.9, 0.2), scored(100, 0.2, 0.9, 0.2)])
+    step, reason = checkpoint_scores.recommend([scored(0, 0.2, 0.9, 0.2), scored(100, 0.2, 0.9, 0.2)])
     assert step == 0 and "the tuner has not helped beyond doubt" in reason
 
 
 def test_the_command_writes_a_sheet_and_a_table_of_a_run(pairs, tmp_path, capsys):
     sdtune.fit(short_run(pairs, tmp_path, checkpoint_every=2, clip_skip=2, resolution=128))
     folder = tmp_path / "run"
-    assert step_chooser.main([str(folder), "--drawing_steps", "1"]) == 0
+    assert choose_step.main([str(folder), "--drawing_steps", "1"]) == 0
     out = capsys.readouterr().out
     table = (folder / "steps.md").read_text()
     assert table.startswith("Recommended: step ") and table in out
@@ -48,8 +48,8 @@ def test_the_command_writes_a_sheet_and_a_table_of_a_run(pairs, tmp_path, capsys
 
 
 def test_what_cannot_be_scored_is_refused_with_a_sentence(pairs, tmp_path, capsys):
-    assert step_chooser.main([str(tmp_path)]) == 1
+    assert choose_step.main([str(tmp_path)]) == 1
     assert "config.json cannot be read" in capsys.readouterr().err
     sdtune.fit(short_run(pairs / "train", tmp_path, steps=1, resolution=128))
-    assert step_chooser.main([str(tmp_path / "run")]) == 1
+    assert choose_step.main([str(tmp_path / "run")]) == 1
     assert "has 0 held-out pictures, and choosing a step needs 2 or more" in capsys.readouterr().err
