@@ -1,5 +1,6 @@
 """The page in a real browser: app.py runs as a server, with the small base and few steps."""
 
+import io
 import os
 import re
 import shutil
@@ -174,11 +175,13 @@ def test_columns_are_drawn_side_by_side_and_an_image_restores_its_settings(page,
     wait_for_text(page, "draw-status", "not a complete PNG")
 
 
-def test_any_size_is_drawn_and_an_image_restores_its_width_and_height(page, tmp_path):
+def test_any_size_is_drawn_with_clip_skip_and_an_image_restores_both(page, tmp_path):
     def size_fields() -> list[str]:
         return [page.locator(f"#draw-{name} input").input_value() for name in ("width", "height")]
 
-    set_steps(page, 1)
+    page.get_by_role("button", name="clip skip").click()
+    set_number(page, "steps", 1)
+    choose(page, "clip-skip", "2")
     assert size_fields() == ["256", "256"]
     page.locator("#draw-sizes input").click()
     page.get_by_role("option", name="Portrait 2:3, 256 × 384").click()
@@ -191,12 +194,14 @@ def test_any_size_is_drawn_and_an_image_restores_its_width_and_height(page, tmp_
     wait_for_text(page, "draw-status", "Drawn in")
     (tmp_path / "a.png").write_bytes(download_images(page, "drawn-images")[0])
     assert Image.open(tmp_path / "a.png").size == (72, 128)
+    assert png_settings.read_png(tmp_path / "a.png").clip_skip == 2
+    choose(page, "clip-skip", "as the tuners were trained")
     set_number(page, "draw-width", 100)
     page.click("#draw")
     wait_for_text(page, "draw-status", "The width is 100; it must be between 64 and 2048 and a multiple of 8.")
     page.set_input_files("#restore input[type=file]", tmp_path / "a.png")
     wait_for_text(page, "draw-status", "The settings are restored.")
-    assert size_fields() == ["72", "128"]
+    assert size_fields() == ["72", "128"] and page.locator("#clip-skip input").input_value() == "2"
 
 
 def test_stop_ends_a_drawing_before_its_last_step(page):
@@ -347,7 +352,10 @@ def test_five_images_train_a_tuner_to_draw_with_and_training_resumes(page, pairs
     set_number(page, "train-steps", 3)
     page.get_by_text("More settings").click()
     page.get_by_label("Preview prompts").fill("a girl")
+    page.get_by_label("Resolution").fill("128")
+    set_number(page, "heldout", 2)
     page.click("#train")
+    wait_for_text(page, "problems", "2 of them are not trained on, to judge the steps")
     text = wait_for_text(page, "train-status", "The tuner is in Files")
     assert "“five-b”" in text and (server[1] / "five-b" / "tuner.safetensors").is_file()
     page.locator("#loss-curve svg").wait_for()
@@ -355,11 +363,19 @@ def test_five_images_train_a_tuner_to_draw_with_and_training_resumes(page, pairs
     page.click("#measure-images")
     page.locator("#measured-images .picture-card svg").nth(4).wait_for()
     assert "measured at steps 0, 3" in page.locator("#measured-images").inner_text()
+    page.click("#choose-step")
+    sheet = Image.open(io.BytesIO(download_images(page, "steps-sheet")[0]))
+    assert sheet.width == 220 + 8 + 3 * 168 and sheet.height > 2 * 160  # base, step 3, true picture of both held-out
+    text = wait_for_text(page, "step-status", "Recommended for “five-b”")
+    assert re.search("step [03] is the earliest that cannot be told from the best one", text)
+    assert page.locator("#steps-sheet tbody tr").count() == 2
+    page.locator("#stop-choosing").wait_for(state="hidden")
     page.get_by_text("Train in a shell instead").click()
     line = page.locator("#train-command textarea").input_value()
     assert line.startswith("accelerate launch train_anime.py") and "--steps 3" in line
     folder = Path(line.split("--data ")[1].split(" --")[0])
-    assert len((folder / "metadata.jsonl").read_text().splitlines()) == 5
+    counts = [len((folder / s / "metadata.jsonl").read_text().splitlines()) for s in ("train", "test")]
+    assert counts == [3, 2]
     page.click("#draw-with-it")
     page.locator(".card", has_text="five-b").wait_for()
     set_steps(page, 1)

@@ -20,6 +20,7 @@ from .output_folder import OutputFolder, numbered
 from .png_settings import make_slug
 
 MAX_FILES = 1000
+METADATA = "metadata.jsonl"
 
 
 def _lines_of(caption: str) -> str | list[str]:
@@ -40,23 +41,36 @@ class UploadedImages:
     pairs: list[tuple[str, str]]
     problems: list[str]
     notes: list[str]
-    masks: list[str]  # the names of the mask files
+    masks: dict[str, str]  # image -> mask, by the names of their files
 
-    def metadata(self, captions: Sequence[str]) -> str:
-        """The content of metadata.jsonl: a line for each image whose caption in the page is not empty."""
-        lines = [
-            json.dumps({"file_name": name, "text": _lines_of(caption)}, ensure_ascii=False) + "\n"
-            for (name, _), caption in zip(self.pairs, captions)
-            if caption and caption.strip()
-        ]
-        return "".join(lines)
+    def splits(self, heldout: int = 0) -> dict[str, list[str]]:
+        """The names of the images in each folder of the data set; with held-out ones these are train and test."""
+        names = [name for name, _ in self.pairs]
+        if not heldout:
+            return {".": names}
+        test = [names[int((i + 0.5) * len(names) / heldout)] for i in range(heldout)]  # spread evenly
+        return {"train": [name for name in names if name not in test], "test": test}
 
-    def write(self, folder: Path, captions: Sequence[str]) -> None:
+    def metadata(self, captions: Sequence[str], heldout: int = 0) -> dict[str, str]:
+        """The content of each folder's metadata.jsonl: a line for each image whose caption in the page is not empty."""
+        texts = {name: caption for (name, _), caption in zip(self.pairs, captions) if caption and caption.strip()}
+        return {
+            split: "".join(
+                json.dumps({"file_name": name, "text": _lines_of(texts[name])}, ensure_ascii=False) + "\n"
+                for name in names
+                if name in texts
+            )
+            for split, names in self.splits(heldout).items()
+        }
+
+    def write(self, folder: Path, captions: Sequence[str], heldout: int = 0) -> None:
         """Writes the images and captions as a data set into a new folder."""
-        folder.mkdir(parents=True)
-        for name in [*(name for name, _ in self.pairs), *self.masks]:
-            shutil.copyfile(self.folder / name, folder / name)
-        (folder / "metadata.jsonl").write_text(self.metadata(captions), encoding="utf-8")
+        metadata = self.metadata(captions, heldout)
+        for split, names in self.splits(heldout).items():
+            (folder / split).mkdir(parents=True)
+            for name in [*names, *(self.masks[name] for name in names if name in self.masks)]:
+                shutil.copyfile(self.folder / name, folder / split / name)
+            (folder / split / METADATA).write_text(metadata[split], encoding="utf-8")
 
 
 class Datasets:
@@ -92,7 +106,7 @@ class Datasets:
         without_caption = {image.name for image in images if not image.captions}  # it can be typed in the page
         problems += [line for line in caption_problems if line.partition(": ")[0] not in without_caption]
         pairs = [(image.name, "\n".join(image.captions or ())) for image in images]
-        return UploadedImages(folder, pairs, problems, notes, [image.mask.name for image in images if image.mask])
+        return UploadedImages(folder, pairs, problems, notes, {i.name: i.mask.name for i in images if i.mask})
 
     def check(
         self, uploaded: UploadedImages, captions: Sequence[str], buckets: AspectBuckets | None = None
@@ -143,25 +157,37 @@ class Datasets:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def folder_for(self, uploaded: UploadedImages | None, captions: Sequence[str], name: str) -> Path:
-        """The folder in which these images and captions are kept, now or later; the same for the same content."""
+    def folder_for(self, uploaded: UploadedImages | None, captions: Sequence[str], name: str, heldout: int = 0) -> Path:
+        """The folder in which these images and captions are kept, now or later; the same for the same content.
+
+        Args:
+            heldout: how many images are not trained on.
+
+        Raises:
+            PageError: if no image would be left to train on, or there are too many folders of this name.
+        """
         data = self.output.path / "data"
         if uploaded is None:
             return data / "…"
+        if not 0 <= heldout < max(1, len(uploaded.pairs)):
+            raise PageError(
+                f"{heldout} images cannot be held out of {len(uploaded.pairs)}; hold out 0, or fewer than there are."
+            )
         stem = f"{make_slug(name) or 'images'}-{uploaded.folder.name[:6]}"
         for folder in (data / n for n in numbered(stem)):
-            if not folder.exists() or _read(folder / "metadata.jsonl") == uploaded.metadata(captions):
+            metadata = uploaded.metadata(captions, heldout)
+            if not folder.exists() or all(_read(folder / s / METADATA) == text for s, text in metadata.items()):
                 return folder
         raise PageError(f"There are already 999 data sets named {stem}. Choose another name.")
 
-    def keep(self, uploaded: UploadedImages, captions: Sequence[str], folder: str | Path) -> None:
+    def keep(self, uploaded: UploadedImages, captions: Sequence[str], folder: str | Path, heldout: int = 0) -> None:
         """Writes checked images and captions into the folder that a training reads."""
         folder = Path(folder)
         if not folder.exists():
             part = folder.with_name(f".{secrets.token_hex(8)}.part")
-            uploaded.write(part, captions)
+            uploaded.write(part, captions, heldout)
             part.rename(folder)
 
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None

@@ -41,7 +41,7 @@ def build_draw_tab(window: Window) -> None:
         images = gr.Slider(1, 8, 1, step=1, label="Images", info="Per column, each with the next seed.", scale=3,
                            min_width=200, elem_id="images")  # fmt: skip
         guidance = guidance_slider(backend, scale=3)
-    with gr.Accordion("Negative prompt, steps, size, sampler", open=False, elem_id="more-draw"):
+    with gr.Accordion("Negative prompt, steps, sampler, clip skip, size", open=False, elem_id="more-draw"):
         negative = gr.Textbox(label="Negative prompt", info="What the images should not show.", lines=1)
         with gr.Row():
             steps = steps_slider("steps")

@@ -128,6 +128,28 @@ def picture_sheet(lines: Sequence[str], cards: Sequence[sheet.Card]) -> str:
     return f"<div class='picture-sheet'><ul>{points}</ul>{sheet.cards_html(cards)}</div>"
 
 
+def recommended_step(name: str, reason: str, label: str | None) -> str:
+    """The recommended step of a training, with the reason.
+
+    Args:
+        label: of its tuner in Files, or None for the base or a file that is gone.
+    """
+    where = f" In Draw and Grid its tuner is “{escape(label)}”." if label else ""
+    text = f"<b>Recommended for “{escape(name)}”:</b> {escape(reason)}.{where} All steps are drawn below."
+    return f"<div class='status-message recommended' role='status'>{text}</div>"
+
+
+def steps_sheet(
+    sheet: Path, titles: Sequence[str], rows: Sequence[Sequence[str]], meanings: Sequence[tuple[str, str]]
+) -> str:
+    """The sheet of all steps of a training, and a table of their scores with what each of them means."""
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    points = "".join(f"<li><b>{escape(title)}</b>: {escape(meaning)}</li>" for title, meaning in meanings)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='steps-sheet'>{image_columns([('all steps', [sheet])])}{table}<ul>{points}</ul></div>"
+
+
 def file_cards(files: Sequence[AdapterFile]) -> str:
     """A card for each adapter file. The checkpoints of a run are left out if its finished tuner is there."""
     if not files:

@@ -73,6 +73,12 @@ footer { display: none !important; }
   text-align: center; }
 .caption-list { max-height: 460px; overflow-y: auto !important; }
 .picture-sheet { max-height: 620px; overflow-y: auto; } .picture-sheet ul { margin: 4px 0 10px; }
+.status-message.recommended { color: var(--body-text-color); }
+.steps-sheet { font-size: .86rem; } .steps-sheet ul { margin: 8px 0 0 16px; color: var(--body-text-color-subdued); }
+.steps-sheet table { display: block; overflow-x: auto; border-collapse: collapse; white-space: nowrap; }
+.steps-sheet :is(table, tr, th, td) { border: 0 !important; }
+.steps-sheet :is(th, td) { padding: 5px 22px 5px 2px !important; text-align: left; }
+.steps-sheet tbody td { border-top: 1px solid var(--border-color-primary) !important; }
 .loss-curve { width: 100%; height: auto; display: block; }
 .loss-curve text { fill: var(--body-text-color-subdued); font: 11px system-ui, sans-serif; }
 @media (max-width: 640px) {

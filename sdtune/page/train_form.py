@@ -11,7 +11,7 @@ FRESH = "a fresh tuner"
 
 
 def build_more_fields(base: str, kind: gr.Dropdown, files: AdapterFiles) -> dict[str, gr.components.Component]:
-    """Lays out the fields, by their names in `TrainConfig` and `TunerConfig`; those without effect are hidden.
+    """Lays out the fields, by their names in `Trainings.plan`; those without effect are hidden.
 
     Args:
         base: the loaded base.
@@ -63,6 +63,8 @@ def build_more_fields(base: str, kind: gr.Dropdown, files: AdapterFiles) -> dict
                                      info="Without trigger words. 0: off.")  # fmt: skip
         form["init"] = gr.Dropdown([(FRESH, ""), *files.labels()], value="", label="Start from", min_width=200,
                                    info="Kind and size are then that tuner's.")  # fmt: skip
+        form["heldout"] = gr.Number(0, label="Held-out images", precision=0, minimum=0, min_width=200,
+                                    info="Of your own; they judge the steps.", elem_id="heldout")  # fmt: skip
         # the list is read again when it is opened, since files come and go
         form["init"].focus(lambda: gr.update(choices=[(FRESH, ""), *files.labels()]), None, form["init"], **QUIET)
     with gr.Row():

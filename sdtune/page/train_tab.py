@@ -9,7 +9,8 @@ from ..training.buckets import AspectBuckets
 from ..training.config import TrainConfig
 from ..tuners.config import BASELINES, KINDS
 from . import html_parts
-from .check_images import LOOK_THROUGH, build_after_training, look_through
+from .after_training import build_after_training
+from .check_images import LOOK_THROUGH, look_through
 from .controls import QUIET, Window
 from .datasets import UploadedImages
 from .errors import PageError, plain_message
@@ -72,7 +73,8 @@ def build_train_tab(window: Window) -> tuple:
                 resume = gr.Button("Resume training", visible=False, elem_id="resume")
             others = gr.Dropdown([], label="Other stopped trainings", info="Choose one to see it and resume it.",
                                  visible=False, elem_id="other-trainings")  # fmt: skip
-            measure = build_after_training(window)
+            after, sheet = build_after_training(window)
+    sheet.render()  # below both columns, since it is wide
     fields = [source, name, kind, steps, *more.values()]
 
     def plan(uploaded, captions, values) -> TrainingRun:
@@ -108,7 +110,9 @@ def build_train_tab(window: Window) -> tuple:
                     problems, notes = check(uploaded, captions, buckets)
                     if problems:
                         return _check_message(uploaded, problems, notes), gr.skip(), gr.skip()
-                    backend.datasets.keep(uploaded, captions, run.config.data)
+                    if run.heldout:
+                        notes = [f"{run.heldout} of them are not trained on, to judge the steps", *notes]
+                    backend.datasets.keep(uploaded, captions, run.config.data, run.heldout)
                     saved = html_parts.message(f"The images are saved in {run.config.data}.")
                     text = _check_message(uploaded, [], notes) if start else saved
                 if start:
@@ -159,7 +163,7 @@ def build_train_tab(window: Window) -> tuple:
     source.change(on_source, source, [files, save, look, problems, looked], **QUIET)
     gr.on([uploaded.change, *(field.change for field in fields)], on_change, clicked, command, js=READ_CAPTIONS,
           trigger_mode="always_last", **QUIET)  # fmt: skip
-    return _connect_progress(window, problems, [status, curve, preview, train, stop, draw, resume, others, measure])
+    return _connect_progress(window, problems, [status, curve, preview, train, stop, draw, resume, others, *after])
 
 
 def _check_message(uploaded: UploadedImages | None, problems: list[str], notes: list[str]) -> str:
@@ -173,10 +177,10 @@ def _check_message(uploaded: UploadedImages | None, problems: list[str], notes: 
 def _connect_progress(window: Window, problems: gr.HTML, outputs: list) -> tuple:
     """Connects the right half of the tab, which shows a training; returns what `build_train_tab` returns."""
     trainings, queue, files, output = (getattr(window.backend, n) for n in ("trainings", "queue", "files", "output"))
-    _status, _curve, _preview, _train, stop, draw, resume, others, _measure = outputs
+    _status, _curve, _preview, _train, stop, draw, resume, others, *_after = outputs
     # what this window shows: the job, its state, step, jobs before it, number of previews, other stopped trainings
     shown = gr.State([])
-    unchanged = [gr.skip()] * 10
+    unchanged = [gr.skip()] * (1 + len(outputs))
 
     def show_training(shown, request: gr.Request):
         job = trainings.shown_in(request.session_hash)
@@ -196,7 +200,7 @@ def _connect_progress(window: Window, problems: gr.HTML, outputs: list) -> tuple
             preview, gr.Button(interactive=job.finished), gr.Button(interactive=not job.finished),
             gr.Button(visible=has_file), gr.Button(visible=job.finished and job.resumable),
             gr.Dropdown(names, value=None, visible=bool(names)),
-            gr.Button(visible=job.finished and job.result is not None),
+            *[gr.Button(visible=job.finished and job.result is not None)] * len(_after),
         ]  # fmt: skip
 
     def on_stop(request: gr.Request):

@@ -33,7 +33,7 @@ FETCHED_BASE = 6e9  # bytes of a Stable Diffusion 1.x or 2.x in fp32, with its V
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TUNER_NUMBERS = ("rank", "num_heads", "length")
 _NUMBERS = (*_TUNER_NUMBERS, "batch_size", "resolution", "preview_every", "checkpoint_every", "seed",
-            "clip_skip", "keep_tokens", "max_tokens", "keep_last")  # fmt: skip
+            "clip_skip", "keep_tokens", "max_tokens", "keep_last", "heldout")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class TrainingRun:
 
     config: TrainConfig
     tuner: TunerConfig
+    heldout: int = 0  # of the uploaded images, those that are not trained on
 
     @property
     def name(self) -> str:
@@ -89,6 +90,7 @@ class Trainings:
         Args:
             source: "own" for the uploaded images with these captions, "bundled" for the anime pairs.
             more: the other fields of the form, by their names in the configurations; an empty one means the default.
+                "heldout" is how many of the uploaded images are not trained on.
 
         Raises:
             ValueError: if a setting is out of range, or of a kind that the page's own form never sends.
@@ -104,6 +106,7 @@ class Trainings:
         zero_means_default = ("learning_rate", "resolution", "keep_last")
         more = {k: v for k, v in more.items() if v not in (None, "") and (v or k not in zero_means_default)}
         more |= {k: int(more[k]) for k in _NUMBERS if k in more}
+        heldout = more.pop("heldout", 0)
         tuner = {k: more.pop(k) for k in ("ops", *_TUNER_NUMBERS) if k in more}
         tuner = TunerConfig(kind=kind, **{k: v for k, v in tuner.items() if k in fields_of(kind)})
         if "init" in more:  # a label of the list of files, never a path that a browser sends
@@ -115,9 +118,9 @@ class Trainings:
         if steps is not None:
             more["steps"] = int(steps)
         own = source == "own"
-        more["data"] = str(self.datasets.folder_for(uploaded, captions, name)) if own else bundled_data()
+        more["data"] = str(self.datasets.folder_for(uploaded, captions, name, heldout)) if own else bundled_data()
         output = self.output.path / self.output.free_run_name(name)
-        return TrainingRun(TrainConfig(output=str(output), **more), tuner)
+        return TrainingRun(TrainConfig(output=str(output), **more), tuner, heldout)
 
     def start(self, window: str, run: TrainingRun) -> Job:
         """Submits a training; the job's result is the tuner's file, also if it is stopped after its first step.

@@ -1,8 +1,12 @@
 """Uploaded images and captions are checked before a training."""
 
+import pytest
 from PIL import Image
 
 from sdtune.page.datasets import UploadedImages
+from sdtune.page.errors import PageError
+from sdtune.training import dataset
+from sdtune.training.buckets import AspectBuckets
 
 
 def test_missing_captions_and_small_images_are_reported_before_a_training(backend, tmp_path):
@@ -15,7 +19,7 @@ def test_missing_captions_and_small_images_are_reported_before_a_training(backen
     problems, _ = backend.datasets.check(uploaded, ["a red square", "", "a dot"])
     assert len(problems) == 2 and "small.png: has no caption yet" in problems[0] and "tiny.png" in problems[1]
 
-    large_enough = UploadedImages(uploaded.folder, uploaded.pairs[:2], [], [], [])
+    large_enough = UploadedImages(uploaded.folder, uploaded.pairs[:2], [], [], {})
     problems, notes = backend.datasets.check(large_enough, ["a red square " * 50, "another"])
     assert not problems and any("good.png" in note and "text encoder" in note for note in notes)
     assert any("small.png" in note and "enlarged" in note for note in notes)
@@ -36,3 +40,20 @@ def test_the_same_images_and_captions_are_kept_in_one_folder(backend, tmp_path):
     backend.datasets.keep(uploaded, ["a cat"], first)
     assert (first / "x.png").is_file() and backend.datasets.folder_for(uploaded, ["a cat"], "cats") == first
     assert backend.datasets.folder_for(uploaded, ["a dog"], "cats") != first
+
+
+def test_held_out_images_and_their_masks_go_into_a_folder_of_their_own(backend, tmp_path):
+    names = [f"{i}.png" for i in range(5)]
+    for name in (*names, "1-mask.png", "3-mask.png"):
+        Image.new("RGB", (256, 256), "white").save(tmp_path / name)
+    uploaded = backend.datasets.receive(sorted(tmp_path.glob("*.png")))
+    captions = [f"number {i}" for i in range(5)]
+    folder = backend.datasets.folder_for(uploaded, captions, "cats", 2)
+    backend.datasets.keep(uploaded, captions, folder, 2)
+    assert sorted(p.name for p in (folder / "test").glob("*.png")) == ["1-mask.png", "1.png", "3-mask.png", "3.png"]
+    read = [dataset.read_pairs(folder, AspectBuckets(256), split) for split in ("train", "test")]
+    assert [[pair.caption for pair in pairs] for pairs in read] == [captions[::2], captions[1::2]]
+    assert backend.datasets.folder_for(uploaded, captions, "cats", 2) == folder
+    assert backend.datasets.folder_for(uploaded, captions, "cats") != folder  # none is held out
+    with pytest.raises(PageError, match="5 images cannot be held out of 5"):
+        backend.datasets.folder_for(uploaded, captions, "cats", 5)

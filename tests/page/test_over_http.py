@@ -1,5 +1,6 @@
 """What somebody else on the network can do with the page: requests to the real server, past the browser."""
 
+import html
 import http.client
 import json
 import os
@@ -9,10 +10,12 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import asdict
 
 import pytest
 from PIL import Image
 
+from sdtune import extras
 from sdtune.page import layout, output_folder
 
 
@@ -200,6 +203,25 @@ def test_an_upload_that_says_no_length_is_refused(attacker):
         headers={"Content-Type": "multipart/form-data; boundary=X", "Transfer-Encoding": "chunked"},
     )  # fmt: skip
     assert connection.getresponse().status == 411
+
+
+def test_a_step_is_chosen_only_with_the_packages_for_it_and_images_that_were_held_out(
+    attacker, backend, monkeypatch, pairs, wait_for
+):
+    assert "There is no training with a checkpoint here" in attacker.call("choose-step", "click")
+    backend.may_finish.set()
+    attacker.call("train", "click", {"source": "bundled", "run-name": "own"})
+    training = wait_for(backend.trainings.shown_in(attacker.session))
+    folder = backend.output.path / "own"
+    (folder / "checkpoints/step-000003").mkdir(parents=True)
+    settings = {**asdict(training.run.config), "data": str(pairs / "train"), "resolution": 128}
+    (folder / "config.json").write_text(json.dumps({"train": {k: v for k, v in settings.items() if k != "output"}}))
+    answer = attacker.call("choose-step", "click")
+    assert "needs 2 or more images that were not trained on, and this training held out 0" in answer
+    monkeypatch.setitem(extras.PACKAGES, "evaluate", ("no_such_package",))
+    answer = attacker.call("choose-step", "click")
+    assert "no_such_package not installed; install with: pip install 'sdtune[evaluate]'" in html.unescape(answer)
+    assert not backend.queue.jobs()
 
 
 def picture_bytes(folder) -> bytes:
