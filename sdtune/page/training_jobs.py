@@ -256,7 +256,10 @@ class Trainings:
         return Job(window, "training", "training", self._train, total=run.config.steps, run=run)
 
     def _submit(self, job: Job) -> Job:
+        before = self._by_window.get(job.window)
         self._by_window[job.window] = self.queue.submit(job)
+        if before and before.resumable and before.run.name != job.run.name:
+            self._without_window.append(before)  # it can still be chosen and resumed
         return job
 
     def _train(self, job: Job) -> Path:

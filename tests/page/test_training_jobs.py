@@ -88,6 +88,20 @@ def test_a_stopped_training_resumes_also_if_it_was_stopped_while_it_waited(backe
         trainings.resume("a")
 
 
+def test_a_stopped_training_can_be_chosen_and_resumed_after_its_window_has_started_another(backend, wait_for):
+    trainings = backend.trainings
+    first = trainings.start("a", make_run(backend))
+    assert backend.training_started.wait(20)
+    backend.queue.stop(first)
+    backend.may_finish.set()
+    wait_for(first)
+    other = trainings.start("a", make_run(backend, "other"))
+    assert trainings.shown_in("a") is other and list(trainings.unfinished("a")) == ["mine"]
+    wait_for(other)
+    trainings.choose("a", "mine")
+    assert not wait_for(trainings.resume("a")).resumable and not trainings.unfinished("a")
+
+
 def test_the_training_of_a_closed_window_is_shown_in_the_next_window(backend, wait_for):
     trainings = backend.trainings
     job = trainings.start("before", make_run(backend))
