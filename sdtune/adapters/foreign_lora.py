@@ -1,7 +1,7 @@
 """LoRA files of other tools: what they hold, whether it fits a base, and how it is loaded.
 
-Read are LoRA and DoRA in the formats of kohya and LyCORIS, diffusers (also the old one) and PEFT, and LoHa and LoKr. A
-file is applied exactly or refused by one TunerFileError; layers that the base lacks are told.
+Read are LoRA and DoRA in the formats of kohya and LyCORIS, diffusers (also the old one) and PEFT, LoHa and LoKr, and
+PEFT's OFT. A file is applied exactly or refused by one TunerFileError; layers that the base lacks are told.
 """
 
 import json
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from . import foreign_oft
 from .tuner_file import TunerFileError, list_some
 
 _PART = re.compile(
@@ -47,6 +48,7 @@ class ForeignLora:
     layers: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)  # layers that the base lacks
     rank: int = 0
+    oft: dict = field(default_factory=dict)  # of an OFT, what `foreign_oft.read_config` returns
 
     @property
     def count(self) -> int:
@@ -113,6 +115,8 @@ def inspect(path: Path, unet, text_encoder=None) -> ForeignLora:
             f"{path} is a {found.kind} that does not fit this base: none of its {len(unknown)} layers is in it "
             f"(such as {list_some(list(unknown), 2)}); use the base that it was made for"
         )
+    if found.kind == "OFT":
+        found.oft = foreign_oft.read_config(path)
     _check_shapes(found, shapes, known)
     return found
 
@@ -164,13 +168,14 @@ def _kind(path: Path, parts: set[str], odd: list[str], shapes: dict) -> str:
         kinds.append("DoRA" if "magnitude" in parts else "LoRA")
     elif "magnitude" in parts:
         kinds.append("weight decomposition")
-    if len(kinds) != 1 or kinds[0] not in ("LoRA", "DoRA", "LoHa", "LoKr"):
+    is_read = kinds in (["LoRA"], ["DoRA"], ["LoHa"], ["LoKr"]) or kinds == ["OFT"] and parts == {"oft_R"}
+    if not is_read:
         what = " and ".join(kinds) or f"keys such as {list_some(odd or list(shapes), 2)}"
-        if kinds == ["OFT"]:  # a weight of 0.5 would silently be 1, and LyCORIS's blocks would be other ones
-            what = "OFT (PEFT's has no weight, and rotates the inputs of a layer where LyCORIS's rotates the outputs)"
+        if kinds == ["OFT"]:
+            what = "OFT of LyCORIS, kohya or an old PEFT (today's PEFT rotates the inputs of a layer, not the outputs)"
         raise TunerFileError(
-            f"{path} holds {what}, which is not read; LoRA, DoRA, LoHa or LoKr are, one of them in a file. Convert it "
-            "to a LoRA with the tool that made it"
+            f"{path} holds {what}, which is not read; LoRA, DoRA, LoHa, LoKr or PEFT's OFT are, one of them in a file. "
+            "Convert it to a LoRA with the tool that made it"
         )
     if odd:
         raise TunerFileError(f"{path} is a {kinds[0]} with {len(odd)} keys of an unknown format: {list_some(odd)}")
@@ -211,6 +216,11 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
                     wrong.append(f"{path} has no dora_scale")
                 elif found.kind == "DoRA" and wide and not _is_per_output(shapes[parts["magnitude"]], wide[0]):
                     wrong.append(f"the dora_scale of {path} is per input (wd_on_out=False), which PEFT has not")
+            elif found.kind == "OFT":
+                wrong += [
+                    f"{path} {problem}"
+                    for problem in foreign_oft.find_problems(shapes[parts["oft_R"]], wide, found.oft)
+                ]
             elif found.kind == "LoHa":
                 need = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
                 if not need <= parts.keys():
@@ -282,6 +292,10 @@ def load(pipe, path: Path, name: str) -> None:
         )
     if found.kind in ("LoHa", "LoKr"):
         _load_lycoris(pipe, found, tensors, name)
+    elif found.kind == "OFT":
+        for model, layers in found.layers.items():
+            weights = {path: tensors[parts["oft_R"]] for path, parts in layers.items()}
+            foreign_oft.add(getattr(pipe, model), name, found.oft, weights)
     else:
         pipe.load_lora_weights(_peft_tensors(found, tensors), adapter_name=name)
     if told := found.left_out():

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from conftest import picture
+from peft import OFTConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
@@ -73,6 +74,40 @@ def test_files_of_other_tools_are_applied_exactly_and_the_page_accepts_them(pipe
     assert torch.allclose(picture(pipe), picture(base), atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cayley_neumann": False}, {"block_share": True}, {"coft": True}])
+def test_an_oft_of_peft_is_applied_as_peft_does_and_has_a_weight(pipe, base, tmp_path, options):
+    torch.manual_seed(0)
+    model = copy.deepcopy(base)
+    config = OFTConfig(oft_block_size=8, target_modules=["to_q", "to_v", "proj_in"], init_weights=False, **options)
+    tuned = get_peft_model(model.unet, config, adapter_name="default")
+    tuned.save_pretrained(tmp_path)  # adapter_config.json and adapter_model.safetensors, with base_model.model.* keys
+    file = tmp_path / "adapter_model.safetensors"
+    assert [f.fits for f in AdapterFiles([tmp_path], base.unet, base.text_encoder).by_label.values()] == [True]
+    sdtune.load_tuner(pipe, file, "x")
+    assert torch.equal(picture(pipe), picture(model))
+    for name, layer in layers_of(base).items():  # a weight is one of the change of the layer's weights
+        if name.endswith("to_q"):
+            x = noise(3, layer.in_features)
+            with torch.no_grad():
+                full = tuned.get_submodule(f"base_model.model.{name}")(x)
+                pipe.set_adapters("x", 0.3)
+                half = pipe.unet.get_submodule(name)(x)
+                pipe.set_adapters("x", 1.0)
+                assert torch.allclose(half, 0.7 * layer(x) + 0.3 * full, atol=1e-5)
+            break
+    with_scale = picture(pipe, cross_attention_kwargs={"scale": 0.3})
+    pipe.set_adapters("x", 0.3)
+    assert torch.equal(picture(pipe), with_scale)
+    pipe.disable_lora()
+    assert torch.allclose(picture(pipe), picture(base), atol=1e-5)
+    pipe.enable_lora()
+    pipe.fuse_lora()
+    assert torch.allclose(picture(pipe), with_scale, atol=1e-3)
+    pipe.unfuse_lora()
+    pipe.delete_adapters("x")
+    assert torch.allclose(picture(pipe), picture(base), atol=1e-3)
+
+
 def test_nan_weights_other_families_and_other_formats_are_refused_by_name(pipe, base, tmp_path):
     name = next(iter(layers_of(base)))
     out, into = base.unet.get_submodule(name).weight.shape
@@ -83,7 +118,8 @@ def test_nan_weights_other_families_and_other_formats_are_refused_by_name(pipe, 
         "nan": ({**pair, f"{kohya(name)}.lora_up.weight": torch.full((out, 4), float("nan"))}, "NaN or infinity"),
         "flux": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": noise(4, 64)}, "Flux"),
         "xl": ({**pair, "lora_te2_text_model_x.lora_down.weight": noise(4, 8)}, "Stable Diffusion XL"),
-        "oft": ({f"{kohya(name)}.oft_blocks": noise(4, 8, 8)}, r"OFT \(PEFT.s has no weight.*which is not read"),
+        "oft": ({f"{kohya(name)}.oft_blocks": noise(4, 8, 8)}, "OFT of LyCORIS, kohya.*which is not read"),
+        "oft_R": ({f"base_model.model.{name}.oft_R.weight": noise(into // 8, 28)}, "adapter_config.json beside it"),
         "per_input": ({**pair, **per_input}, "wd_on_out=False"),
         "half": ({f"{kohya(name)}.lora_down.weight": noise(4, into)}, "has only A"),
         "narrow": ({**pair, f"{kohya(name)}.lora_down.weight": noise(4, into + 8)}, "wide, this base's is"),
