@@ -1,4 +1,9 @@
-"""That loops run once in each of PyTorch's threads, and that a thread's failure is seen."""
+"""That loops run once in each of PyTorch's threads, and that a thread's failure is seen; and that the process which
+compiles a kernel computes the same as those that read it from disk."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -52,3 +57,22 @@ def test_a_thread_that_fails_is_not_passed_over(which):
     finally:
         torch.set_num_threads(before)
     run(failing, torch.zeros(1), -1)
+
+
+def test_a_kernel_computes_the_same_bits_where_it_is_compiled_and_where_it_is_read_from_disk(tmp_path):
+    script = """
+import sys, torch
+from sdtune.kernels.cpu import winograd
+torch.manual_seed(0)
+result = torch.empty(2, 32, 32, 32)
+winograd.run(winograd._transform_output, torch.randn(36, 32, 128), torch.randn(32), 0, 16, result)
+torch.save(result, sys.argv[1])
+"""
+    found, caches = [], []
+    for name in ("compiled", "read"):
+        command = [sys.executable, "-c", script, str(tmp_path / name)]
+        subprocess.run(command, check=True, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")})
+        found.append(torch.load(tmp_path / name))
+        caches.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/**/*.nbc")})
+    assert caches[0] and caches[0] == caches[1]  # the second has compiled nothing
+    assert torch.equal(*found)

@@ -21,9 +21,12 @@ from ..dispatch import is_traced
 fp32 = np.float32
 # Sums may be reordered, or they would not be vectorised; nan and inf keep their meaning.
 _JIT_OPTIONS = dict(fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
-jit_inline = numba.njit(**_JIT_OPTIONS)  # for functions that compiled functions call
-jit_in_order = numba.njit(**_JIT_OPTIONS | dict(fastmath={"contract"}))  # the same with sums in the written order
-jit_thread = numba.njit(nogil=True, **_JIT_OPTIONS)  # for f(part, parts, *arguments) that `run_on_threads` calls
+# Functions that others call must be inlined. A function of its own would be compiled twice, alone and with its caller,
+# with sums in different orders; the process that compiles would run the one, and those that read from disk the other.
+_INLINE_OPTIONS = dict(forceinline=True, **_JIT_OPTIONS)
+jit_inline = numba.njit(**_INLINE_OPTIONS)  # for functions that compiled functions call
+jit_in_order = numba.njit(**_INLINE_OPTIONS | dict(fastmath={"contract"}))  # the same with sums in the written order
+jit_thread = numba.njit(nogil=True, **_INLINE_OPTIONS)  # for f(part, parts, *arguments) that `run_on_threads` calls
 
 
 @jit_inline
