@@ -15,11 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import ANIME
 from PIL import Image
+from training_runs import short_run
 from tuner_files import HTML_TEXT, save_tuner_of_another_base
 
+import sdtune
 from sdtune.inference.grids import mean_difference
 from sdtune.page import png_settings
+from sdtune.training.errors import Stopped
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 240_000  # milliseconds; a busy machine is slow
@@ -68,9 +72,20 @@ def running(output: Path, *options: str, **environment: str):
     assert code == 0 and "Traceback" not in log.read_text(), log.read_text()
 
 
+def leave_unfinished(output: Path, data: Path) -> None:
+    """Trains one of two steps on one pair, as a page that is then closed."""
+    data.mkdir()
+    shutil.copy(ANIME / "train" / "train-01.png", data / "a.png")
+    (data / "a.txt").write_text("a girl, in anime style")
+    config = short_run(data, output.parent, output=str(output), steps=2, batch_size=1, resolution=64)
+    with pytest.raises(Stopped):
+        sdtune.fit(config, sdtune.TunerConfig(ops=["attn1"]), lambda *_: True)
+
+
 @pytest.fixture(scope="module")
 def server(files, tmp_path_factory):
-    """A running app.py with a few adapter files: its address and its output folder."""
+    """A running app.py with a few adapter files and two trainings that an earlier one had started and not finished:
+    its address and its output folder."""
     output = tmp_path_factory.mktemp("app") / "output"
     for step, name in ((2, "one"), (4, "two")):
         folder = output / "run" / "checkpoints" / f"step-{step:06}"
@@ -80,6 +95,8 @@ def server(files, tmp_path_factory):
     shutil.copy(files / "lora" / "pytorch_lora_weights.safetensors", output / "my_lora.safetensors")
     save_tuner_of_another_base(output / "other-base.safetensors")
     (output.parent / "secret.txt").write_text("secret")
+    leave_unfinished(output / "older", output.parent / "pair")
+    (shutil.copytree(output / "older", output / "newer") / "checkpoints" / "step-000001").touch()
     with running(output) as address:
         yield address, output
 
@@ -398,6 +415,22 @@ def test_five_images_train_a_tuner_to_draw_with_and_training_resumes(page, pairs
     assert after > before
     open_tab(page, "Files")
     wait_for_text(page, "file-cards", "stopped-early @ step")
+
+
+def test_trainings_that_an_earlier_server_has_not_finished_can_be_chosen_and_resumed(page, server):
+    open_tab(page, "Train")
+    text = wait_for_text(page, "train-status", "was stopped at step")
+    shown = text.split("“")[1].split("”")[0]  # the last that another window has shown
+    other = "newer" if shown == "older" else "older"
+    choose(page, "other-trainings", other)
+    text = wait_for_text(page, "train-status", f"“{other}” was stopped at step 1 of 2")
+    assert "Its last checkpoint is in Files" in text
+    page.click("#resume")
+    wait_for_text(page, "train-status", f"“{other}” is trained")
+    assert (server[1] / other / "tuner.safetensors").is_file()
+    page.locator("#other-trainings input").click()
+    offered = page.locator("#other-trainings").get_by_role("option").all_inner_texts()
+    assert shown in offered and other not in offered
 
 
 def test_two_windows_share_the_queue_and_nothing_else(page, browser, server):
