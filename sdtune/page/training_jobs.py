@@ -193,8 +193,7 @@ class Trainings:
         """The trainings below the output folder that stopped at a checkpoint, as jobs, the last at the end."""
         found, jobs = [], []
         for folder in {path.parent for path in self.output.path.glob("*/checkpoints")}:
-            steps = checkpoints.list_checkpoints(folder)
-            if steps and not (folder / tuner_file.FILE_NAME).exists():
+            if steps := _unfinished_checkpoints(folder):
                 found.append((steps[-1].stat().st_mtime, folder, steps[-1]))
         for _, folder, last in sorted(found):
             try:
@@ -281,9 +280,19 @@ class Trainings:
         except Stopped:
             job.resumable = True
             return job.run.last_checkpoint()
+        except Exception:  # such as a full disk
+            if kept := _unfinished_checkpoints(Path(job.run.config.output)):
+                job.resumable, job.result, job.done = True, kept[-1] / tuner_file.FILE_NAME, int(kept[-1].name[5:])
+                del job.losses[job.done :]
+            raise
         finally:
             gc.collect()  # reference cycles would keep the models of the trainer in memory
             self.files.scan()
+
+
+def _unfinished_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run that has no result yet."""
+    return [] if (output / tuner_file.FILE_NAME).exists() else checkpoints.list_checkpoints(output)
 
 
 def bundled_data() -> str:

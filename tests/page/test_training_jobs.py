@@ -14,6 +14,7 @@ from sdtune.page.backend import Backend
 from sdtune.page.errors import PageError
 from sdtune.page.training_jobs import TrainingRun, check_base
 from sdtune.training import errors
+from sdtune.training import fit as fit_module
 
 
 def make_run(backend, name: str = "mine") -> TrainingRun:
@@ -100,6 +101,24 @@ def test_a_stopped_training_can_be_chosen_and_resumed_after_its_window_has_start
     wait_for(other)
     trainings.choose("a", "mine")
     assert not wait_for(trainings.resume("a")).resumable and not trainings.unfinished("a")
+
+
+def test_a_training_that_fails_after_a_checkpoint_can_be_resumed(backend, wait_for, monkeypatch):
+    def fail(config, tuner, on_step):
+        folder = backend.output.path / "mine" / "checkpoints" / "step-000002"
+        folder.mkdir(parents=True)
+        (folder / tuner_file.FILE_NAME).touch()
+        for done in (1, 2, 3):
+            on_step(done, 0.1)
+        raise errors.TrainError("the disk is full")
+
+    monkeypatch.setattr(fit_module, "fit", fail)
+    job = wait_for(backend.trainings.start("a", make_run(backend)))
+    assert job.state == "failed" and "the disk is full" in html_parts.training_status(job, "mine")
+    assert job.resumable and job.done == len(job.losses) == 2
+    resumed = backend.trainings.resume("a")
+    assert resumed.run.config.resume and len(resumed.losses) >= 2
+    wait_for(resumed)
 
 
 def test_the_training_of_a_closed_window_is_shown_in_the_next_window(backend, wait_for):
