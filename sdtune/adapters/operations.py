@@ -13,9 +13,10 @@ from torch import nn
 
 from ..tuners.base import Tuner, Widths
 from ..tuners.bypass import MapBypass
-from ..tuners.config import FULL, LINEAR, SSF, TunerConfig, build_tuner
+from ..tuners.config import FULL, LINEAR, SSF, TunerConfig, build_tuner, default_ops
 from ..tuners.full import FullTuning
 from ..tuners.head import Head
+from ..tuners.res_attn_conv import LowRankConvolution
 from ..tuners.ssf import SSF as ScaleAndShift
 
 CHILD_NAME = "res_tuner"  # the name of the layer of tuners inside its operation
@@ -62,6 +63,8 @@ class Operation:
             return Head(self.module, self.classes)
         if self.name == "layer":
             return (FullTuning if config.kind == FULL else ScaleAndShift)(self.module)
+        if self.name == "conv":
+            return LowRankConvolution(self.module, config.rank)
         if self.channels:
             return MapBypass(self.channels, config.length)
         return build_tuner(config, self.name, self.widths)
@@ -169,11 +172,13 @@ def find_operations(model: nn.Module, config: TunerConfig, classes: int | None =
         path, last = list(blocks.items())[-1]
         return {path: Operation("bypass", last, last, tuple(blocks.values()))} | heads
     ops = ["block"] if config.kind == "vpt" else config.ops
-    if vision and ops == TunerConfig().ops:
-        ops = [op for op in ops if op != "attn2"]
+    if vision and ops == default_ops(config.kind):
+        ops = [op for op in ops if op in _VISION_PARTS]
     found, lacking = {}, []
     for path, block in blocks.items():
         for op in ops:
+            if op == "conv":
+                continue
             name = _VISION_PARTS.get(op, op) if _is_vision_block(block) else op
             module = block if op == "block" else getattr(block, name, None)
             if module is None:
@@ -181,6 +186,13 @@ def find_operations(model: nn.Module, config: TunerConfig, classes: int | None =
             found[path if op == "block" else f"{path}.{name}"] = Operation(op, module, block)
     if lacking:
         raise ValueError(f"this model lacks the operations {', '.join(lacking)}; leave them out of ops")
+    if "conv" in ops:
+        found |= {
+            path.replace(".base_layer", ""): Operation("conv", module)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Conv2d) and not ADAPTER_PATHS.search(path)
+            and path.replace(".base_layer", "").rpartition(".")[2] in _LORA_LAYERS["conv"]
+        }  # fmt: skip
     return found | heads
 
 
@@ -203,7 +215,7 @@ def lora_layer_names(model: nn.Module, config: TunerConfig) -> list[str]:
     """
     if not is_vision_model(model):
         return [name for op in config.ops for name in _LORA_LAYERS[op]]
-    ops = config.ops if config.ops != TunerConfig().ops else ["attn1", "ff"]
+    ops = config.ops if config.ops != default_ops(config.kind) else ["attn1", "ff"]
     lacking = [op for op in ops if op not in _VISION_LORA_LAYERS]
     if lacking:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The configuration of a tuner among PEFT's: the entry in `unet.peft_config`, and what adapter_config.json holds."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from peft import PeftConfig
 
@@ -23,7 +23,7 @@ class ResAttnConfig(PeftConfig):
     kind: str = "res_attn"
     rank: int = 4
     num_heads: int = 4
-    ops: list[str] = field(default_factory=lambda: TunerConfig().ops)
+    ops: list[str] | None = None  # the kind's default
     qkv_bias: bool = False
     attn_drop: float = 0.0
     proj_drop: float = 0.0
@@ -36,7 +36,7 @@ class ResAttnConfig(PeftConfig):
         if self.kind in (*LORAS, *PEFT_METHODS):
             own = "LoraConfig with use_dora=True" if self.kind == "dora" else "own configuration"
             raise ValueError(f"kind is {self.kind!r}, a method of PEFT; use PEFT's {own} for it")
-        self.tuner  # noqa: B018  raises ValueError for fields out of range
+        self.ops = self.tuner.ops  # raises ValueError for fields out of range
 
     @property
     def tuner(self) -> TunerConfig:

@@ -4,11 +4,15 @@ On a CPU in fp32 these are 3x3 convolutions; on a GPU in half precision group no
 pictures in channels_last, and GEGLU. In other precisions, and where weights are trained, the layers compute as before.
 """
 
+import re
+
 import torch
 from diffusers.models import activations, resnet
 from torch import nn
 
 from .dispatch import HALF_DTYPES, has_numba, is_traced, on_cuda_in_half
+
+_ADAPTER = re.compile(r"(^|\.)(lora_\w+|res_tuner)(\.|$)")  # paths of the weights of adapters
 
 
 def optimize_layers(model: nn.Module) -> nn.Module:
@@ -31,10 +35,10 @@ def restore_layers(model: nn.Module) -> nn.Module:
 def convolutions_to_channels_last(model: nn.Module) -> nn.Module:
     """On a GPU in half precision, puts the weights of convolutions, and so their results, into channels_last.
 
-    The weights of a LoRA keep their memory, because the trainer holds views of it.
+    The weights of adapters keep their memory, because the trainer holds views of it.
     """
     for name, module in model.named_modules():
-        weight = module.weight if isinstance(module, nn.Conv2d) and "lora_" not in name else None
+        weight = module.weight if isinstance(module, nn.Conv2d) and not _ADAPTER.search(name) else None
         if weight is not None and weight.is_cuda and weight.dtype in HALF_DTYPES and weight.stride(3) == 1:
             # `contiguous` would leave the weights of a 1x1 convolution, and so its results, in the other order
             weight.data = torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight.data)

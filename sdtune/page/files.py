@@ -16,7 +16,7 @@ from ..tuners.config import fields_of
 from .errors import PageError
 
 RESCAN_SECONDS = 3.0
-LAYER_NAMES = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "feed-forward"}
+LAYER_NAMES = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "feed-forward", "conv": "convolutions"}
 _CHECKPOINT = " @ step "  # stands between run and step in the label of a checkpoint
 
 

@@ -3,7 +3,7 @@
 import gradio as gr
 
 from ..training.config import TrainConfig
-from ..tuners.config import TunerConfig, fields_of
+from ..tuners.config import CONV_KINDS, TunerConfig, default_ops, fields_of
 from .controls import QUIET
 from .files import LAYER_NAMES, AdapterFiles
 
@@ -44,7 +44,7 @@ def build_more_fields(base: str, kind: gr.Dropdown, files: AdapterFiles) -> dict
         form["length"] = gr.Number(tuner.length, label="Length", precision=0, minimum=1, visible=False,
                                    info="Tokens of a prefix or prompt, or width of an adapter.")  # fmt: skip
         form["ops"] = gr.CheckboxGroup(
-            [(name, op) for op, name in LAYER_NAMES.items()], value=tuner.ops, label="Layers",
+            _layer_choices(tuner.kind), value=tuner.ops, label="Layers",
             info="The layers that get a tuner.",
         )  # fmt: skip
     with gr.Row():
@@ -89,6 +89,17 @@ def build_more_fields(base: str, kind: gr.Dropdown, files: AdapterFiles) -> dict
         label="Preview prompts", lines=2, info="One per line. Empty: the first captions."
     )
     depend_on_kind = ("rank", "num_heads", "length", "ops")
-    kind.change(lambda k: [gr.update(visible=name in fields_of(k)) for name in depend_on_kind], kind,
-                [form[name] for name in depend_on_kind], **QUIET)  # fmt: skip
+
+    def update_fields(kind: str) -> list:
+        layers = dict(choices=_layer_choices(kind), value=default_ops(kind))
+        return [
+            gr.update(visible=name in fields_of(kind), **(layers if name == "ops" else {})) for name in depend_on_kind
+        ]
+
+    kind.change(update_fields, kind, [form[name] for name in depend_on_kind], **QUIET)
     return form
+
+
+def _layer_choices(kind: str) -> list[tuple[str, str]]:
+    """The layers that this kind of tuner can be on, with their names."""
+    return [(name, op) for op, name in LAYER_NAMES.items() if op != "conv" or kind in CONV_KINDS]

@@ -14,7 +14,7 @@ from ..adapters.tuner_file import TunerFile
 from ..tuners.config import LORAS, TunerConfig
 from .errors import TrainError
 
-GROWING = ("res_attn", *LORAS)  # the kinds whose rank can grow
+GROWING = ("res_attn", "res_attn_conv", *LORAS)  # the kinds whose rank can grow
 
 
 def load_initial_weights(path: str, config: TunerConfig, weights: dict[str, torch.Tensor]) -> None:
@@ -33,8 +33,8 @@ def load_initial_weights(path: str, config: TunerConfig, weights: dict[str, torc
     expected = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     if file.config.rank != config.rank or file.config.num_heads != config.num_heads:
         _check_keys(path, file, expected)
-        grow = _grow_lora if config.kind in LORAS else _grow_res_attn
         for key, tensor in weights.items():
+            grow = _grow_lora if config.kind in LORAS or tensor.ndim == 4 else _grow_res_attn
             grow(tensor, file.tensors[key].to(tensor), key, file.config, config)
         return
     tuner_file.check_fits(file, expected, path)
@@ -70,10 +70,13 @@ def _check_keys(path: str, file: TunerFile, expected: dict[str, tuple[int, ...]]
 
 
 def _grow_lora(fresh: torch.Tensor, old: torch.Tensor, key: str, _old, _new) -> None:
-    """A gets new rows, at random as in a fresh LoRA, and B new columns of zero; a magnitude stays."""
-    if ".lora_A." in key:
+    """A gets new rows, at random as in a fresh LoRA, and B new columns of zero; a magnitude stays.
+
+    `conv` and `o` beside a convolution are as A and B.
+    """
+    if ".lora_A." in key or key.endswith(".conv.weight"):
         fresh[: len(old)] = old
-    elif ".lora_B." in key:
+    elif ".lora_B." in key or key.endswith(".o.weight"):
         fresh.zero_()
         fresh[:, : old.shape[1]] = old
     else:

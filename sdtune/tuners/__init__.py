@@ -8,11 +8,13 @@ from .config import BASELINES, FULL, KINDS, LORAS, OPS, TUNER_OPS, TunerConfig, 
 from .full import FullTuning
 from .res_adapter import ResAdapter
 from .res_attn import ResAttn
+from .res_attn_conv import LowRankConvolution, ResAttnConv
 from .res_attn_text import ResAttnText
 from .res_prefix import ResPrefix
 from .res_prompt import ResPrompt
 
 __all__ = [
-    "BASELINES", "FULL", "KINDS", "LORAS", "OPS", "TUNER_OPS", "Context", "FullTuning", "ResAdapter", "ResAttn",
-    "ResAttnText", "ResPrefix", "ResPrompt", "Tuner", "TunerConfig", "Widths", "build_tuner", "fields_of",
+    "BASELINES", "FULL", "KINDS", "LORAS", "OPS", "TUNER_OPS", "Context", "FullTuning", "LowRankConvolution",
+    "ResAdapter", "ResAttn", "ResAttnConv", "ResAttnText", "ResPrefix", "ResPrompt", "Tuner", "TunerConfig", "Widths",
+    "build_tuner", "fields_of",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from .base import Tuner, Widths
 from .bypass import Bypass
 from .res_adapter import ResAdapter
 from .res_attn import ResAttn
+from .res_attn_conv import ResAttnConv
 from .res_attn_text import ResAttnText
 from .res_prefix import ResPrefix
 from .res_prompt import ResPrompt
@@ -16,6 +17,7 @@ from .vpt import VPT
 KINDS = {
     "res_attn": ResAttn,
     "res_attn_text": ResAttnText,
+    "res_attn_conv": ResAttnConv,
     "res_adapter": ResAdapter,
     "res_prefix": ResPrefix,
     "res_prompt": ResPrompt,
@@ -33,7 +35,9 @@ VISION_KINDS = (LINEAR, SSF, *SEQUENTIAL, NOAH, *PEFT_METHODS)
 ALL_KINDS = (*KINDS, *BASELINES, *VISION_KINDS)
 WITHOUT_OPS = (FULL, LINEAR, SSF, NOAH, "vpt", "bypass")  # what they are added to is given
 TUNER_OPS = ("attn1", "attn2", "ff", "block")  # what a tuner can be added to
-OPS = (*TUNER_OPS, "conv")  # conv is for LoRA and DoRA
+OPS = (*TUNER_OPS, "conv")
+CONV_KINDS = (*LORAS, "res_attn_conv")  # the kinds that can be on conv
+DEFAULT_OPS = ["attn1", "attn2", "ff"]
 
 
 def fields_of(kind: str) -> list[str]:
@@ -49,6 +53,11 @@ def fields_of(kind: str) -> list[str]:
     return ops + [n for n in parameters if n in TunerConfig.__dataclass_fields__]
 
 
+def default_ops(kind: str) -> list[str]:
+    """The operations that this kind of tuner is added to where none are named."""
+    return [*DEFAULT_OPS, "conv"] if kind == "res_attn_conv" else list(DEFAULT_OPS)
+
+
 @dataclass(frozen=True)
 class TunerConfig:
     """The settings of a tuner and the operations it is added to; written into every tuner file.
@@ -60,11 +69,12 @@ class TunerConfig:
     kind: str = field(default="res_attn", metadata={"help": f"the tuner: {', '.join((*KINDS, *BASELINES))}"})
     rank: int = field(default=4, metadata={"help": "width of one attention head of Res-Attn; of a LoRA: its rank"})
     num_heads: int = field(default=4, metadata={"help": "number of heads of Res-Attn"})
-    ops: list[str] = field(
-        default_factory=lambda: ["attn1", "attn2", "ff"],
+    ops: list[str] | None = field(
+        default=None,
         metadata={
             "help": f"the frozen operations that get a tuner in parallel, any of: {' '.join(OPS)}; conv, the "
-            "convolutions of residual blocks and the projections around attention, is for lora and dora"
+            "convolutions of residual blocks and the projections around attention, is for "
+            f"{', '.join(CONV_KINDS)}; default: {' '.join(DEFAULT_OPS)}, for res_attn_conv also conv"
         },
     )
     qkv_bias: bool = field(default=False, metadata={"help": "give Res-Attn's qkv projection a bias"})
@@ -78,7 +88,8 @@ class TunerConfig:
     )
 
     def __post_init__(self):
-        ops = [self.ops] if isinstance(self.ops, str) else self.ops
+        default = default_ops(self.kind)
+        ops = default if self.ops is None else [self.ops] if isinstance(self.ops, str) else self.ops
         object.__setattr__(self, "ops", list(ops) if isinstance(ops, (list, tuple)) else ops)
         wrong = []
         if self.kind not in list(ALL_KINDS):
@@ -93,14 +104,14 @@ class TunerConfig:
         known = isinstance(self.ops, list) and all(op in OPS and self.ops.count(op) == 1 for op in self.ops)
         if not self.ops or not known:
             wrong.append(f"ops is {self.ops!r}; it must name one or more of {', '.join(OPS)}, each once")
-        elif self.kind == FULL and self.ops != TunerConfig().ops:
+        elif self.kind == FULL and self.ops != default:
             wrong.append(f"ops is {self.ops!r}; full fine-tuning changes every layer of the UNet: leave ops out")
-        elif self.kind in list(WITHOUT_OPS) and self.ops != TunerConfig().ops:
+        elif self.kind in list(WITHOUT_OPS) and self.ops != default:
             wrong.append(f"ops is {self.ops!r}; what {self.kind} is added to is given: leave ops out")
         elif self.kind in [*LORAS, *PEFT_METHODS] and "block" in self.ops:
             wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2, ff, conv, not on the whole block")
-        elif self.kind in [*KINDS, *SEQUENTIAL, *PEFT_METHODS] and "conv" in self.ops:
-            wrong.append(f"ops is {self.ops!r}; only {' and '.join(LORAS)} can be on conv: leave it out")
+        elif self.kind not in list(CONV_KINDS) and "conv" in self.ops:
+            wrong.append(f"ops is {self.ops!r}; only {', '.join(CONV_KINDS)} can be on conv: leave it out")
         if self.ffn_kind is not None:
             if self.ffn_kind not in list(KINDS):
                 wrong.append(f"ffn_kind is {self.ffn_kind!r}; possible: {', '.join(KINDS)}")

@@ -53,7 +53,7 @@ def parse_method(name: str) -> Method:
         raise ValueError(f"{name!r} is no method; expected {HELP}")
     kind, settings = match["kind"], dict(_SETTINGS.get(match["kind"], {}))
     if match["b"]:
-        if kind not in ("res_attn", "res_attn_text"):
+        if not kind.startswith("res_attn"):
             raise ValueError(f"{name!r}: only Res-Attn has a rank and heads, such as res_attn-8x4")
         settings |= {"rank": int(match["a"]), "num_heads": int(match["b"])}
     elif match["a"]:

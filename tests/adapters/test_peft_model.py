@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model, mapping
 
 import sdtune
 from sdtune.adapters import api, peft_registration
+from sdtune.tuners.config import KINDS
 
 
 def predict(unet) -> torch.Tensor:
@@ -27,11 +28,11 @@ def stir(unet) -> None:
             p.data += 0.05 * torch.randn(p.shape, generator=generator)
 
 
-@pytest.mark.parametrize("kind", ["res_attn", "res_attn_text", "res_adapter", "res_prefix", "res_prompt"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_peft_gives_the_same_bits_as_load_tuner_and_saves_and_loads(base, kind, tmp_path):
     unet = copy.deepcopy(base.unet)
     without = predict(unet)
-    model = get_peft_model(unet, sdtune.ResAttnConfig(kind=kind, ops=["attn1", "attn2", "ff"]))
+    model = get_peft_model(unet, sdtune.ResAttnConfig(kind=kind))
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(".tuners.default." in n for n in trainable)
     stir(model)

@@ -21,6 +21,7 @@ CONFIGS = {
     "res_attn": dict(),
     "biased": dict(rank=2, num_heads=3, qkv_bias=True),
     "res_attn_text": dict(kind="res_attn_text"),
+    "res_attn_conv": dict(kind="res_attn_conv"),
     "res_adapter": dict(kind="res_adapter"),
     "res_prefix": dict(kind="res_prefix"),
     "res_prompt": dict(kind="res_prompt"),

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sdtune
 from sdtune.adapters import inject
 from sdtune.kernels.cpu import attention as cpu_attention
+from sdtune.tuners import LowRankConvolution
 from sdtune.tuners import attention as tuner_attention
 from sdtune.tuners.base import Context, Widths
 from sdtune.tuners.config import BASELINES, KINDS, LORAS, build_tuner, fields_of
@@ -174,7 +175,7 @@ def test_every_wrong_field_of_a_configuration_is_told_at_once():
     "wrong",
     [
         {"kind": ["res_attn"]}, {"kind": None}, {"rank": True}, {"rank": 1025}, {"rank": "4"}, {"num_heads": -1},
-        {"ops": []}, {"ops": None}, {"ops": 5}, {"ops": ["ff", "ff"]}, {"ops": [["ff"]]}, {"ops": {"ff": 1}},
+        {"ops": []}, {"ops": 5}, {"ops": ["ff", "ff"]}, {"ops": [["ff"]]}, {"ops": {"ff": 1}},
         {"qkv_bias": 1}, {"attn_drop": -0.1}, {"attn_drop": "0"}, {"proj_drop": None},
         {"length": 0}, {"length": 10.0}, {"length": None}, {"ffn_kind": ""}, {"ffn_kind": ["res_attn"]},
         {"ffn_kind": "lora"},
@@ -271,6 +272,31 @@ def test_res_attn_text_is_algorithm_1_with_keys_and_values_of_the_text_or_of_x(q
     torch.testing.assert_close(alone(x), plain(x))
 
 
+def test_res_attn_conv_adds_the_values_to_the_attention_before_o_and_is_a_low_rank_convolution_beside_one():
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    tuner, plain = stirred(KINDS["res_attn_conv"](6, 3, 2)), sdtune.ResAttn(6, 3, 2).double()
+    plain.load_state_dict(tuner.state_dict())
+    values = tuner.qkv(x)[..., 12:]
+    activated = values * (1 + torch.erf(values / 2**0.5)) / 2
+    torch.testing.assert_close(tuner(x), plain(x) + activated @ tuner.o.weight.T)
+
+    for layer in (torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Conv2d(3, 5, 1), torch.nn.Conv2d(3, 5, 3, 2, 1)):
+        tuner, x = LowRankConvolution(layer, 2), torch.randn(2, 3, 8, 8)
+        assert not tuner(x).any() and tuner(x).shape == layer(x).shape
+        torch.nn.init.normal_(tuner.o.weight)
+        product = torch.einsum("or,rikl->oikl", tuner.o.weight[..., 0, 0], tuner.conv.weight)
+        expected = torch.nn.functional.conv2d(x, product, None, layer.stride, layer.padding)
+        torch.testing.assert_close(tuner(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_only_kinds_with_a_form_for_convolutions_can_be_on_conv():
+    assert sdtune.TunerConfig("res_attn_conv").ops == ["attn1", "attn2", "ff", "conv"]
+    assert sdtune.TunerConfig("res_attn_conv", ops=["ff"]).ops == ["ff"]
+    for kind in ("res_attn", "res_adapter"):
+        with pytest.raises(ValueError, match="only lora, dora, res_attn_conv can be on conv"):
+            sdtune.TunerConfig(kind, ops=["conv"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_tuner_of_each_kind_gives_exactly_zero_and_starts_alike_from_a_seed(kind, attn):
     x, text = torch.randn(2, 8, 10), torch.randn(2, 5, 7)
@@ -290,6 +316,7 @@ def test_a_fresh_tuner_of_each_kind_gives_exactly_zero_and_starts_alike_from_a_s
     [
         ("res_attn", 811_200, 811_200, 811_200, 811_200),
         ("res_attn_text", 811_200, 805_056, 811_200, 805_056),
+        ("res_attn_conv", 811_200, 811_200, 811_200, 811_200),
         ("res_adapter", 262_240, 262_240, 262_240, 262_240),
         ("res_prefix", 249_600, 249_600, 249_600, 249_600),
         ("res_prompt", 137_280, 135_360, 137_280, 137_280),
@@ -300,9 +327,9 @@ def test_parameter_counts_of_each_kind_on_the_shape_of_sd_v1_5(sd15_unet, kind, 
         return sum(map(math.prod, inject.expected_shapes(sd15_unet, sdtune.TunerConfig(**fields)).values()))
 
     assert [count(kind=kind, ops=[op]) for op in ("attn1", "attn2", "ff", "block")] == [attn1, attn2, ff, block]
-    assert count(kind=kind) == attn1 + attn2 + ff
+    assert count(kind=kind, ops=["attn1", "attn2", "ff"]) == attn1 + attn2 + ff
     assert (
-        count(kind=kind, ffn_kind="res_adapter", length=32)
+        count(kind=kind, ops=["attn1", "attn2", "ff"], ffn_kind="res_adapter", length=32)
         == count(kind=kind, ops=["attn1", "attn2"], length=32) + 811_712
     )
 
@@ -310,7 +337,7 @@ def test_parameter_counts_of_each_kind_on_the_shape_of_sd_v1_5(sd15_unet, kind, 
 def test_the_fields_that_matter_to_a_kind_are_known():
     attention = ["ops", "rank", "num_heads", "qkv_bias", "attn_drop", "proj_drop"]
     assert all(fields_of(kind) == ["ops", "rank"] for kind in LORAS) and fields_of("full") == []
-    assert fields_of("res_attn") == fields_of("res_attn_text") == attention
+    assert fields_of("res_attn") == fields_of("res_attn_text") == fields_of("res_attn_conv") == attention
     assert all(fields_of(f"res_{kind}") == ["ops", "length", "proj_drop"] for kind in ("adapter", "prefix", "prompt"))
 
 

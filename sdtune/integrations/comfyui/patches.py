@@ -1,14 +1,16 @@
 """Adds a tuner to a UNet of ComfyUI, or of Forge, whose `UnetPatcher` has the same methods: x' = OP(x) + tuner(x).
 
 Attention is patched through ComfyUI's patches of its input and its output, which run also where another node replaces
-the attention itself (as IP-Adapter nodes do). The feed-forward and the whole block have no such patch: there
-`forward` is replaced by an object patch that calls the one before it, so tuners stack and weights keep their names.
+the attention itself (as IP-Adapter nodes do). The feed-forward, the whole block and convolutions have no such patch:
+there `forward` is replaced by an object patch that calls the one before it, so tuners stack and weights keep their
+names.
 Nothing of the model is changed; ComfyUI applies the patches when it draws and takes them back afterwards.
 """
 
 import itertools
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -16,9 +18,13 @@ import torch
 from torch import nn
 
 from sdtune.adapters import tuner_file
-from sdtune.tuners import KINDS, Context, Tuner, TunerConfig, Widths, build_tuner
+from sdtune.tuners import KINDS, Context, LowRankConvolution, Tuner, TunerConfig, Widths, build_tuner
 
-_BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)(?:\.\d+)?\.transformer_blocks\.(\d+)")
+_LAYER = re.compile(r"(input|middle|output)_blocks?\.(\d+)(?:\.\d+)?")  # a residual block or a spatial transformer
+_CONVOLUTIONS = {
+    "in_layers.2": "conv1", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+    "proj_in": "proj_in", "proj_out": "proj_out",
+}  # fmt: skip
 _count = itertools.count()
 
 
@@ -44,25 +50,49 @@ def find_blocks(unet: nn.Module) -> dict[str, Block]:
         ValueError: if this is not a UNet of Stable Diffusion 1.x or 2.x.
     """
     found = {}
-    for path, module in unet.named_modules():
-        match = _BLOCK.fullmatch(path)
-        if not match:
-            continue
-        side, number, index = match[1], int(match[2]), int(match[3])
-        sizes = [n + 1 for n in unet.num_res_blocks]  # a level ends with a layer that halves or doubles the side
-        if side == "middle":
-            number, parent = 0, "mid_block.attentions.0"
-        elif side == "input":  # input_blocks.0 is the first convolution
-            parent = "down_blocks.{}.attentions.{}".format(*_level_and_position(number - 1, sizes))
-        else:
-            parent = "up_blocks.{}.attentions.{}".format(*_level_and_position(number, sizes[::-1]))
-        found[f"{parent}.transformer_blocks.{index}"] = Block(path, (side, number, index), module)
+    for path, place, parent, layer in _find_layers(unet):
+        for index, module in enumerate(getattr(layer, "transformer_blocks", [])):
+            own = f"transformer_blocks.{index}"
+            found[f"{parent}.{own}"] = Block(f"{path}.{own}", (*place, index), module)
     if not found:
         raise ValueError(
             f"{type(unet).__name__} has no transformer block that a tuner can be added to; expected the UNet of a "
             "Stable Diffusion 1.x or 2.x checkpoint"
         )
     return found
+
+
+def find_convolutions(unet: nn.Module) -> dict[str, tuple[str, nn.Conv2d]]:
+    """The convolutions that a tuner can be beside, by their path in diffusers' UNet: (path here, module)."""
+    found = {}
+    for path, _, parent, layer in _find_layers(unet):
+        for own, name in _CONVOLUTIONS.items():
+            module = dict(layer.named_modules()).get(own)
+            if isinstance(module, nn.Conv2d):
+                found[f"{parent}.{name}"] = f"{path}.{own}", module
+    return found
+
+
+def _find_layers(unet: nn.Module) -> Iterator[tuple[str, tuple[str, int], str, nn.Module]]:
+    """Residual blocks and spatial transformers: path, ("input", number), path in diffusers' UNet, module."""
+    sizes = [n + 1 for n in unet.num_res_blocks]  # a level ends with a layer that halves or doubles the side
+    counts = Counter()
+    for path, module in unet.named_modules():
+        match = _LAYER.fullmatch(path)
+        part = "attentions" if hasattr(module, "transformer_blocks") else "resnets"
+        if not match or part == "resnets" and not hasattr(module, "in_layers"):
+            continue
+        side, number = match[1], int(match[2])
+        if side == "middle":
+            parent, number = f"mid_block.{part}.{counts[part]}", 0
+            counts[part] += 1
+        elif side == "input":  # input_blocks.0 is the first convolution
+            level, position = _level_and_position(number - 1, sizes)
+            parent = f"down_blocks.{level}.{part}.{position}"
+        else:
+            level, position = _level_and_position(number, sizes[::-1])
+            parent = f"up_blocks.{level}.{part}.{position}"
+        yield path, (side, number), parent, module
 
 
 def _level_and_position(number: int, sizes: list[int]) -> tuple[int, int]:
@@ -94,12 +124,12 @@ class PlacedTuner:
         attention: the frozen attention, for the kinds that call it.
     """
 
-    def __init__(self, tuner: Tuner, attention: nn.Module):
+    def __init__(self, tuner: Tuner, attention: nn.Module | None):
         self.tuner, self.attention = tuner.eval().requires_grad_(False), attention
         self.state = tuner.state_dict()  # as in the file, so that a detour through a short dtype loses nothing
 
     def __call__(self, x: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
-        """x: (B, N, dim), text: (B, L, text width) or None -> (B, N, dim)."""
+        """x: (B, N, dim), or of a convolution (B, C, H, W), text: (B, L, text width) or None -> the tuner's result."""
         now = next(self.tuner.parameters())
         if (now.device, now.dtype) != (x.device, x.dtype):
             moved = {name: tensor.to(x.device, x.dtype) for name, tensor in self.state.items()}
@@ -108,7 +138,7 @@ class PlacedTuner:
 
 
 def place_tuners(unet: nn.Module, file: tuner_file.TunerFile, source: str) -> dict[tuple[str, str], PlacedTuner]:
-    """The tuners of a file, keyed by (path of the block in diffusers' UNet, operation).
+    """The tuners of a file, keyed by (path of the block, or of the convolution, in diffusers' UNet, operation).
 
     Raises:
         TunerFileError: if the file does not fit the UNet, or holds a LoRA, a DoRA or a full fine-tuning.
@@ -123,20 +153,28 @@ def place_tuners(unet: nn.Module, file: tuner_file.TunerFile, source: str) -> di
         raise tuner_file.TunerFileError(
             f"{source} holds a {config.kind}; " + advice.get(config.kind, "only diffusers can load it, with sdtune")
         )
-    tuners, expected = {}, {}
-    for path, block in find_blocks(unet).items():
-        for op in config.ops:
-            with torch.device("meta"):
-                tuner = build_tuner(config, op, _widths(block.module, op))
-            prefix = path if op == "block" else f"{path}.{op}"
-            tuners[path, op] = prefix, tuner
-            expected |= {f"{prefix}.{name}": tuple(p.shape) for name, p in tuner.named_parameters()}
-    tuner_file.check_fits(file, expected, source)
-    blocks, placed = find_blocks(unet), {}
-    for (path, op), (prefix, tuner) in tuners.items():
+    blocks, convolutions = find_blocks(unet), find_convolutions(unet)
+    tuners = {}  # by path and operation: its prefix in the file, the tuner, the frozen attention that it may use
+    with torch.device("meta"):
+        for path, block in blocks.items():
+            for op in config.ops:
+                if op != "conv":
+                    tuner = build_tuner(config, op, _widths(block.module, op))
+                    prefix = path if op == "block" else f"{path}.{op}"
+                    tuners[path, op] = prefix, tuner, _attention(block.module, op)
+        if "conv" in config.ops:
+            for path, (_, module) in convolutions.items():
+                tuners[path, "conv"] = path, LowRankConvolution(module, config.rank), None
+    tuner_file.check_fits(
+        file,
+        {f"{prefix}.{n}": tuple(p.shape) for prefix, tuner, _ in tuners.values() for n, p in tuner.named_parameters()},
+        source,
+    )
+    placed = {}
+    for key, (prefix, tuner, attn) in tuners.items():
         own = {name: file.tensors[f"{prefix}.{name}"] for name, _ in tuner.named_parameters()}
         tuner.load_state_dict(own, assign=True)
-        placed[path, op] = PlacedTuner(tuner, _attention(blocks[path].module, op))
+        placed[key] = PlacedTuner(tuner, attn)
     return placed
 
 
@@ -154,7 +192,8 @@ def add_tuner(model, file: tuner_file.TunerFile, strength: float = 1.0, source: 
     """
     model = model.clone()
     unet = model.model.diffusion_model
-    blocks, placed = find_blocks(unet), place_tuners(unet, file, source)
+    blocks, convolutions = find_blocks(unet), find_convolutions(unet)
+    placed = place_tuners(unet, file, source)
     if strength == 0:
         return model
     for op in ("attn1", "attn2"):
@@ -162,9 +201,10 @@ def add_tuner(model, file: tuner_file.TunerFile, strength: float = 1.0, source: 
         if tuners:
             _patch_attention(model, op, tuners, strength)
     for (path, op), tuner in placed.items():
-        if op in ("ff", "block"):
-            name = f"diffusion_model.{blocks[path].path}" + (".ff.forward" if op == "ff" else ".forward")
-            wrap = _with_feed_forward_tuner if op == "ff" else _with_block_tuner
+        if op in ("ff", "block", "conv"):
+            own = convolutions[path][0] if op == "conv" else blocks[path].path + (".ff" if op == "ff" else "")
+            name = f"diffusion_model.{own}.forward"
+            wrap = _with_block_tuner if op == "block" else _with_simple_tuner
             model.add_object_patch(name, wrap(_current_forward(model, name), tuner, strength))
     return model
 
@@ -201,7 +241,7 @@ def _patch_attention(model, op: str, tuners: dict[tuple, PlacedTuner], strength:
     patches[f"{op}_patch"] = [patches[f"{op}_patch"][-1], *patches[f"{op}_patch"][:-1]]
 
 
-def _with_feed_forward_tuner(forward: Callable, tuner: PlacedTuner, strength: float) -> Callable:
+def _with_simple_tuner(forward: Callable, tuner: PlacedTuner, strength: float) -> Callable:
     def forward_with_tuner(x, *args, **kwargs):
         residual = strength * tuner(x)
         y = forward(x, *args, **kwargs)
