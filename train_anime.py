@@ -33,9 +33,11 @@ def main() -> int:
     from transformers.hf_argparser import HfArgumentParser
 
     import sdtune
+    from sdtune.training.config import DEFAULT_KIND
     from sdtune.training.config_file import expand_arguments
 
     parser = HfArgumentParser((sdtune.TunerConfig, sdtune.TrainConfig), description=__doc__.split("\n")[0])
+    parser.set_defaults(kind=DEFAULT_KIND)
     parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON, named as the flags, which win; "
                         "also the config.json of a run, which is then repeated")  # fmt: skip
     try:

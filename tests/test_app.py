@@ -369,7 +369,7 @@ def test_five_images_train_a_tuner_to_draw_with_and_training_resumes(page, pairs
     set_number(page, "train-steps", 3)
     page.get_by_text("More settings").click()
     page.get_by_label("Preview prompts").fill("a girl")
-    page.get_by_label("Resolution").fill("128")
+    page.get_by_label("Resolution").fill("64")
     set_number(page, "heldout", 2)
     page.click("#train")
     wait_for_text(page, "problems", "2 of them are not trained on, to judge the steps")

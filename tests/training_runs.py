@@ -12,7 +12,7 @@ def short_run(data, folder, **changes) -> sdtune.TrainConfig:
     """Settings for 4 steps that write to `folder`/run."""
     values = {
         "data": str(data), "output": str(folder / "run"), "steps": 4, "batch_size": 2, "preview_steps": 1,
-        "preview_every": 0, "preview_prompts": ["a girl with blue hair"], "learning_rate": 1e-3,
+        "preview_every": 0, "preview_prompts": ["a girl with blue hair"], "learning_rate": 1e-3, "resolution": 64,
     }  # fmt: skip
     return sdtune.TrainConfig(**{**values, **changes})
 

@@ -16,7 +16,9 @@ from .tuner_file import PEFT_FILE_NAME, TunerFile, write_tensors
 
 _LORA_A = ".lora_A.weight"
 # a key of a tuner: the path of the operation, and the parameter
-_KEY = re.compile(r"(.*\.transformer_blocks\.\d+(?:\.(?:attn1|attn2|ff))?)\.(.+)")
+_KEY = re.compile(
+    r"(.*\.transformer_blocks\.\d+(?:\.(?:attn1|attn2|ff))?|.*\.(?:conv1|conv2|conv_shortcut|proj_in|proj_out))\.(.+)"
+)
 
 
 def save_peft_files(folder: Path, file: TunerFile) -> None:

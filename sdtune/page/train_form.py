@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from ..training.config import TrainConfig
+from ..training.config import DEFAULT_KIND, TrainConfig
 from ..tuners.config import CONV_KINDS, TunerConfig, default_ops, fields_of
 from .controls import QUIET
 from .files import LAYER_NAMES, AdapterFiles
@@ -18,7 +18,7 @@ def build_more_fields(base: str, kind: gr.Dropdown, files: AdapterFiles) -> dict
         kind: the field with the kind of tuner, on which it depends which fields have an effect.
         files: of which a training can start from a tuner.
     """
-    default, tuner, form = TrainConfig(), TunerConfig(), {}
+    default, tuner, form = TrainConfig(), TunerConfig(DEFAULT_KIND), {}
     with gr.Row():
         form["base"] = gr.Dropdown(
             list(dict.fromkeys([base, "tiny-sd"])), value=base, allow_custom_value=True, label="Base", min_width=200,

@@ -6,7 +6,7 @@ from functools import partial
 import gradio as gr
 
 from ..training.buckets import AspectBuckets
-from ..training.config import TrainConfig
+from ..training.config import DEFAULT_KIND, TrainConfig
 from ..tuners.config import BASELINES, KINDS
 from . import html_parts
 from .after_training import build_after_training
@@ -50,7 +50,7 @@ def build_train_tab(window: Window) -> tuple:
             with gr.Row():
                 name = gr.Textbox("my-style", label="Name", info="The tuner's name in Files.", min_width=200,
                                   elem_id="run-name")  # fmt: skip
-                kind = gr.Dropdown([(kind_name(k), k) for k in (*KINDS, *BASELINES)], value="res_attn", label="Kind",
+                kind = gr.Dropdown([(kind_name(k), k) for k in (*KINDS, *BASELINES)], value=DEFAULT_KIND, label="Kind",
                                    info="What is trained.", min_width=200)  # fmt: skip
                 steps = gr.Number(default.steps, label="Steps", precision=0, minimum=1, min_width=200,
                                   info="Too many steps overfit.", elem_id="train-steps")  # fmt: skip

@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..adapters import api, tuner_file
 from ..bases.single_file import CONFIGS
 from ..training import checkpoints, dataset, setup
 from ..training.buckets import AspectBuckets
-from ..training.config import TrainConfig
+from ..training.config import DEFAULT_KIND, TrainConfig
 from ..training.errors import Stopped
 from ..tuners.config import TunerConfig, fields_of
 from .datasets import Datasets, UploadedImages
@@ -60,13 +60,10 @@ class TrainingRun:
     def shell_command(self) -> str:
         """The command that trains the same in a shell."""
         words = ["accelerate", "launch", "train_anime.py"]
-        for part in (self.config, self.tuner):
-            for field in dataclasses.fields(part):
-                value = getattr(part, field.name)
-                has_value = field.default is not dataclasses.MISSING
-                if value is None or value == (field.default if has_value else field.default_factory()):
-                    continue
-                words.append(f"--{field.name}")
+        defaults = asdict(TrainConfig()) | asdict(TunerConfig(self.tuner.kind)) | {"kind": DEFAULT_KIND}
+        for name, value in (asdict(self.config) | asdict(self.tuner)).items():
+            if value is not None and value != defaults[name]:
+                words.append(f"--{name}")
                 words += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
         return shlex.join(words)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 DEFAULT_OUTPUT = "output/anime"
+DEFAULT_KIND = "res_attn_conv"  # of train_anime.py and the page; see assets/results/res_attn_conv.md
 
 
 def _option(default, help: str):
@@ -29,7 +30,7 @@ class TrainConfig:
     base: str = _option("tiny-sd", "tiny-sd, a diffusers folder, a .safetensors checkpoint, or a hub id")
     output: str | None = _option(None, "folder for the tuner, previews, loss curve and checkpoints; default: "
                                  "output/anime, or where that is taken output/anime-2 and so on")  # fmt: skip
-    steps: int = _option(500, "optimizer steps")
+    steps: int = _option(300, "optimizer steps")
     batch_size: int = _option(10, "images per step and process")
     gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
     init: str | None = _option(None, "a tuner file to start from; its kind, rank and layers are taken over, or the "

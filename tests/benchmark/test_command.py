@@ -28,7 +28,8 @@ def test_a_quick_run_prints_its_tables_and_writes_all_numbers(tmp_path, capsys):
     assert report["machine"]["threads"] >= 1 and f"torch {report['machine']['torch']}" in printed
 
 
-def test_the_part_kernels_compares_the_step_with_and_without_each_kernel(tmp_path, capsys):
+def test_the_part_kernels_compares_the_step_with_and_without_each_kernel(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SDTUNE_KERNELS", "on")
     file = tmp_path / "kernels.json"
     assert main(["kernels", "--quick", "--json", str(file)]) == 0
     rows = {row["setting"]: row for row in json.loads(file.read_text())["kernels"]}

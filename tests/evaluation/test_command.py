@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import sdtune
+from sdtune.bases import load
 from sdtune.benchmark import processes
 from sdtune.evaluation import command, features, runs, tasks
 from sdtune.evaluation.command import main
@@ -35,6 +36,7 @@ def test_the_command_is_stopped_twice_continues_and_writes_tables_grid_and_curve
         return {"seconds": [2.0], "peak": 3_000_000} if job.part == "train" else {"seconds": [1.0, 5.0, 2.0]}
 
     jobs = []
+    monkeypatch.setattr(load, "native_resolution", lambda base: 128)  # a quarter of the base's own pixels
     monkeypatch.setattr(processes, "run_alone", run_alone)  # tested with the benchmark
     monkeypatch.setattr(runs, "fit", fit_and_press_ctrl_c)
     assert main(arguments) == 128 + signal.SIGINT  # in the middle of a run
