@@ -23,7 +23,7 @@ from sdtune.training import dataset
 from sdtune.training.buckets import AspectBuckets
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--batch_size", "2", "--resolution", "64", "--preview_steps", "1", "--preview_every", "0", "--preview_prompts", "a girl"]
+QUICK = "--batch_size 2 --resolution 64 --preview_steps 1 --preview_every 0 --preview_prompts girl".split()
 
 
 def launch(*flags, launcher=(), wait=True):
