@@ -214,7 +214,7 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
                     wrong.append(f"{path} is {down[1]} to {up[0]} wide, this base's is {wide[1]} to {wide[0]}")
                 if found.kind == "DoRA" and "magnitude" not in parts:
                     wrong.append(f"{path} has no dora_scale")
-                elif found.kind == "DoRA" and wide and not _is_per_output(shapes[parts["magnitude"]], wide[0]):
+                elif found.kind == "DoRA" and wide and not _is_per_output(shapes[parts["magnitude"]], wide):
                     wrong.append(f"the dora_scale of {path} is per input (wd_on_out=False), which PEFT has not")
             elif found.kind == "OFT":
                 wrong += [
@@ -227,11 +227,10 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
                     wrong.append(f"{path} lacks {', '.join(sorted(need - parts.keys()))}")
                     continue
                 found.rank = max(found.rank, shapes[parts["hada_w1_b"]][0])
-                a, b = shapes[parts["hada_w1_a"]], shapes[parts["hada_w1_b"]]
-                size = a[1] * b[1] if "hada_t1" in parts else a[0] * b[1]
-                factor = 1 if wide is None or "hada_t1" not in parts else _count(wide[2:])
-                if wide and size * factor != _count(wide):
-                    wrong.append(f"{path} has {size * factor:,} weights, this base's layer {_count(wide):,}")
+                factors = {_loha_factor(shapes, parts, w, wide) for w in "12"}
+                factor = factors.pop() if len(factors) == 1 else None
+                if not factor or wide and (factor[0], _count(factor)) != (wide[0], _count(wide)):
+                    wrong.append(f"{path} has parts that make no matrix of this base's layer")
             else:
                 if not ({"lokr_w1"} <= parts.keys() or {"lokr_w1_a", "lokr_w1_b"} <= parts.keys()) or not (
                     {"lokr_w2"} <= parts.keys() or {"lokr_w2_a", "lokr_w2_b"} <= parts.keys()
@@ -253,6 +252,19 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
         )
 
 
+def _loha_factor(shapes: dict, parts: dict[str, str], number: str, wide: tuple | None) -> tuple[int, ...] | None:
+    """The shape of one of LoHa's two factors, a product of two matrices, with a core between them for a kernel; None if
+    they do not fit each other."""
+    a, b = (shapes[parts[f"hada_w{number}_{side}"]] for side in "ab")
+    core = shapes[parts[f"hada_t{number}"]] if f"hada_t{number}" in parts else None
+    if len(a) != 2 or len(b) != 2:
+        return None
+    if core is None:
+        return (a[0], b[1]) if a[1] == b[0] else None
+    fits = core[:2] == (a[0], b[0]) and (wide is None or core[2:] == wide[2:])
+    return (a[1], b[1], *core[2:]) if fits else None
+
+
 def _product_shape(shapes: dict, parts: dict[str, str], name: str) -> tuple[int, ...] | None:
     """The shape of a LoKr's factor, which is stored whole or as a product of two matrices; None if they do not fit."""
     if name in parts:
@@ -261,9 +273,13 @@ def _product_shape(shapes: dict, parts: dict[str, str], name: str) -> tuple[int,
     return (a[0], b[1]) if len(a) == len(b) == 2 and a[1] == b[0] else None
 
 
-def _is_per_output(shape: tuple[int, ...], outputs: int) -> bool:
-    """Whether a DoRA's magnitudes belong to the outputs of a layer: (out,), (out, 1) or PEFT's (1, out, 1, 1)."""
-    return _count(shape) == outputs and (len(shape) == 4 or shape[0] == outputs)
+def _is_per_output(shape: tuple[int, ...], wide: tuple[int, ...]) -> bool:
+    """Whether a DoRA's magnitudes belong to the outputs of a layer of this shape.
+
+    That is (out,); for a linear layer also (out, 1), for a convolution (out, 1, 1, 1) and PEFT's (1, out, 1, 1).
+    """
+    out, ones = wide[0], (1,) * (len(wide) - 1)
+    return shape in ((out,), (out, *ones)) or len(wide) == 4 and shape == (1, out, 1, 1)
 
 
 def _count(shape) -> int:

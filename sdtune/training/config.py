@@ -98,8 +98,10 @@ class TrainConfig:
         # PyTorch, NumPy and the noise scheduler take no more
         maximum = dict(steps=10**9, batch_size=10**5, gradient_accumulation_steps=10**5, lr_warmup_steps=10**9,
                        checkpoint_every=10**9, preview_every=10**9, preview_steps=1000, seed=2**32 - 1)  # fmt: skip
+        endless = [n for n in minimum if getattr(self, n) == float("inf")]
         low = [n for n, m in minimum.items() if not getattr(self, n) >= m]
         wrong = [f"{n} is {getattr(self, n)}; it must be at least {minimum[n]}" for n in low]
+        wrong += [f"{n} is {getattr(self, n)}; it must be finite" for n in endless if n not in maximum]
         wrong += [
             f"{n} is {getattr(self, n)}; it must be at most {m}" for n, m in maximum.items() if getattr(self, n) > m
         ]

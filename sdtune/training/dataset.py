@@ -239,8 +239,11 @@ def match_captions(folder: Path, names: list[str], problems: list[str], notes: l
             where = f"add it to {tables[0]}" if tables else f"write it into {os.path.splitext(name)[0]}.txt"
             problems.append(f"{name}: no caption, or an empty one; {where}")
         found.append(ImageFile(name, own, (folder / name).read_bytes, next(iter(masks.get(name, [])), None)))
+    where = f" in {tables[0]}" if tables else ""
     for name in captions or ():
-        problems.append(f"{name}: has a caption, but there is no such image; add the image or remove the caption")
+        problems.append(
+            f"{name}: has a caption{where}, but there is no such image; add the image or remove the caption"
+        )
     if others:
         notes.append(f"{len(others)} other files are not used: {shorten_list(others)}")
     return found

@@ -172,8 +172,3 @@ def test_a_lora_file_has_kohyas_key_for_every_layer_which_ends_where_it_began(ba
     assert {t.item() for k, t in found.items() if k.endswith("alpha")} == {config.rank}
     back = tuner_file.load(path).tensors
     assert back.keys() == tensors.keys() and all(torch.equal(back[k].float(), t) for k, t in tensors.items())
-
-
-def test_only_loras_can_be_on_convolutions():
-    with pytest.raises(ValueError, match="only lora and dora can be on conv"):
-        sdtune.TunerConfig(ops=["attn1", "conv"])
