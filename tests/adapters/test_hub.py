@@ -113,7 +113,7 @@ def test_a_run_is_pushed_with_a_model_card_and_loads_by_its_id(base, pairs, tmp_
     assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
     assert data["license"] == "cc-by-4.0"
     assert data["instance_prompt"] == "drawn by ann" and data["widget"][0]["text"] == "a girl with blue hair"
-    assert Image.open(store / data["widget"][0]["output"]["url"]).size == (256, 256)
+    assert Image.open(store / data["widget"][0]["output"]["url"]).size == (64, 64)
     assert "![the preview prompts](images/0.png)" in card.text and (store / "images/0.png").is_file()
     assert ("lora" in data["tags"]) == (kind == "lora") and "sdtune" in data["tags"]
     assert "Made by Ann." in card.text

@@ -19,8 +19,8 @@ from sdtune.training import encoding, errors, trainer
 
 
 def test_a_run_leaves_tuner_preview_losses_and_settings(pairs, tmp_path):
-    config = short_run(pairs, tmp_path, trigger_words="tok style", preview_prompts=[], preview_every=2, author="Ann", resolution=256,
-                       license="cc-by-4.0")  # fmt: skip
+    config = short_run(pairs, tmp_path, trigger_words="tok style", preview_prompts=[], preview_every=2, author="Ann",
+                       license="cc-by-4.0", resolution=256)  # fmt: skip
     result = sdtune.fit(config)
     assert len(result.losses) == 4 and set(result.heldout) == {0, 2, 4}
     with safe_open(result.tuner, "pt") as file:
