@@ -38,10 +38,11 @@ from ..training.buckets import AspectBuckets
 from ..training.config import TrainConfig
 from ..tuners.config import TunerConfig
 
-REFERENCE, RES_ATTN, LORA, FLOOR = "reference", "res_attn", "lora", "floor"
+REFERENCE, RES_ATTN, RES_ATTN_CONV, LORA, FLOOR = "reference", "res_attn", "res_attn_conv", "lora", "floor"
 DIFFUSERS_BASE, BASE, FUSED = "plain", "base", "lora_fused"
 CANDIDATES = {
-    "train": {REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn", LORA: "sdtune, LoRA r 4",
+    "train": {REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn",
+              RES_ATTN_CONV: "sdtune, Res-Attn with convolutions", LORA: "sdtune, LoRA r 4",
               FLOOR: "floor: frozen UNet"},
     "draw": {DIFFUSERS_BASE: "base as diffusers loads it", BASE: "base", RES_ATTN: "base + Res-Attn",
              LORA: "base + LoRA", FUSED: "base + LoRA, fused"},
@@ -86,8 +87,8 @@ class Job:
             gradient_checkpointing=self.checkpointing, steps=self.repetitions if self.part == "finish" else 1000,
             **({} if self.default_previews else short),
         )  # fmt: skip
-        lora = dict(kind="lora", rank=4, ops=["attn1", "attn2"])
-        return config, TunerConfig(**(self.tuner or (lora if self.name == LORA else {})))
+        tuners = {LORA: dict(kind="lora", rank=4, ops=["attn1", "attn2"]), RES_ATTN_CONV: dict(kind="res_attn_conv")}
+        return config, TunerConfig(**(self.tuner or tuners.get(self.name, {})))
 
 
 class Candidate(NamedTuple):
