@@ -328,6 +328,7 @@ def test_parameter_counts_of_each_kind_on_the_shape_of_sd_v1_5(sd15_unet, kind, 
 
     assert [count(kind=kind, ops=[op]) for op in ("attn1", "attn2", "ff", "block")] == [attn1, attn2, ff, block]
     assert count(kind=kind, ops=["attn1", "attn2", "ff"]) == attn1 + attn2 + ff
+    assert count(kind=kind) == attn1 + attn2 + ff + (2_296_320 if kind == "res_attn_conv" else 0)
     assert (
         count(kind=kind, ops=["attn1", "attn2", "ff"], ffn_kind="res_adapter", length=32)
         == count(kind=kind, ops=["attn1", "attn2"], length=32) + 811_712
