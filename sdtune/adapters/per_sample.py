@@ -9,9 +9,9 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..kernels.cuda.graphs import is_compiled
+from .active_adapters import preserve_adapters
 from .hook import ParallelTuners
 from .sample_weights import per_sample_shape, tile_weights, to_device
-from .state import preserve_adapters
 
 
 def can_share_a_pass(unet, names: Iterable[str]) -> bool:

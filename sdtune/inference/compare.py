@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from .. import kernels
-from ..adapters import per_sample, state
+from ..adapters import active_adapters, per_sample
 from ..bases import text_encoding
 from ..kernels.cpu import heap
 from ..kernels.cuda import graphs
@@ -131,7 +131,7 @@ def draw_cells(
     for model in (pipe.unet, pipe.vae):
         kernels.to_channels_last(model)
     silent = dict(getattr(pipe, "_progress_bar_config", {}))
-    with bar, state.preserve_adapters(*(m for m in (pipe.unet, pipe.text_encoder) if m is not None)):
+    with bar, active_adapters.preserve_adapters(*(m for m in (pipe.unet, pipe.text_encoder) if m is not None)):
         pipe.set_progress_bar_config(**silent | {"disable": True})
         try:
             for group in groups:

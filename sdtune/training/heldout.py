@@ -2,7 +2,7 @@
 
 import torch
 
-from ..adapters import state
+from ..adapters import active_adapters
 from . import stopping
 from .encoding import Encoded
 from .loss import denoising_errors
@@ -30,7 +30,7 @@ class HeldOutLoss:
         if not self.images or step in self.losses:
             return
         if 0 not in self.losses:  # the base's loss is measured late, so that the first training step starts early
-            with state.adapters_disabled(self.unet):
+            with active_adapters.adapters_disabled(self.unet):
                 self.losses[0] = self._compute_losses()
         self.losses[step] = self._compute_losses()
         means = self.means()

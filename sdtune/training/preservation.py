@@ -2,7 +2,7 @@
 
 import torch
 
-from ..adapters import state
+from ..adapters import active_adapters
 from .encoding import Encoded
 from .loss import training_loss
 
@@ -15,7 +15,7 @@ def preservation_loss(unet, scheduler, latents, noise, timesteps, states) -> tor
         states: encoded texts for which the base is to stay as it is, (B, tokens, width).
     """
     noisy = scheduler.add_noise(latents, noise, timesteps).to(states.dtype)
-    with torch.no_grad(), state.adapters_disabled(unet):
+    with torch.no_grad(), active_adapters.adapters_disabled(unet):
         target = unet(noisy, timesteps, states, return_dict=False)[0]
     predicted = unet(noisy, timesteps, states, return_dict=False)[0]
     return (predicted.float() - target.float()).pow(2).mean((1, 2, 3))
@@ -36,6 +36,6 @@ def measure_change(unet, scheduler, encoded: Encoded) -> float:
             for text in texts:
                 states = text.expand(len(latents), -1, -1) if text is encoded.empty else text[bucket.images]
                 change += preservation_loss(unet, scheduler, latents, noise, timesteps, states).sum().item()
-                with state.adapters_disabled(unet):
+                with active_adapters.adapters_disabled(unet):
                     error += training_loss(unet, scheduler, latents, noise, timesteps, states).sum().item()
     return change / error

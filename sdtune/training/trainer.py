@@ -31,7 +31,7 @@ from .flat_weights import FlatWeights
 from .heldout import HeldOutLoss
 from .loss import PendingLosses, training_loss
 from .previews import evaluation_mode, set_training_mode
-from .sample_step import sample_step
+from .random_choices import draw_random_choices
 
 ADAPTER_NAME = "tuner"  # the name of the adapter in the UNet while it is trained
 
@@ -182,7 +182,7 @@ class Trainer:
         config, encoded, processes = self.config, self.encoded, self.accelerator.num_processes
         size, count = config.batch_size, config.gradient_accumulation_steps
         timesteps = self.scheduler.config.num_train_timesteps
-        sample = sample_step(config, step, processes * size * count, encoded, timesteps)
+        sample = draw_random_choices(config, step, processes * size * count, encoded, timesteps)
         bucket, batches = encoded.buckets[sample.bucket], []
         tensors = {name: x for name, x in vars(sample).items() if name != "bucket"}
         for i in range(count):

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import sdtune
-from sdtune.adapters import hook, inject, per_sample, state
+from sdtune.adapters import active_adapters, hook, inject, per_sample
 from sdtune.tuners.config import KINDS, TUNER_OPS
 
 ALL = ["attn1", "attn2", "ff"]
@@ -72,7 +72,7 @@ def test_what_is_added_is_the_tuners_result_at_the_operations_own_input(unet, op
     predict(unet)
     (args, kwargs) = seen.pop()
     with torch.no_grad():
-        with state.adapters_disabled(unet):
+        with active_adapters.adapters_disabled(unet):
             plain = module(*args, **kwargs)
         by_hand = plain + module.res_tuner.tuners["new"](args[0])
         assert torch.equal(module(*args, **kwargs), by_hand) and not torch.equal(plain, by_hand)
@@ -160,7 +160,7 @@ def test_tuners_that_were_switched_off_for_a_while_are_as_before_also_after_an_e
     sdtune.add_tuner(unet, adapter_name="new")
     stir(unet, "new", 0)
     full = predict(unet)
-    with pytest.raises(KeyError), state.adapters_disabled(unet):
+    with pytest.raises(KeyError), active_adapters.adapters_disabled(unet):
         assert torch.equal(predict(unet), plain)
         raise KeyError
     assert torch.equal(predict(unet), full)
@@ -306,7 +306,7 @@ def test_samples_of_weight_zero_are_not_computed_and_stay_bit_identical(unet):
     tuner = next(m for m in unet.modules() if isinstance(m, sdtune.ResAttn))
     tuner.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
     with torch.no_grad():
-        with state.adapters_disabled(unet):
+        with active_adapters.adapters_disabled(unet):
             base = unet(*plain).sample
         with per_sample.per_sample_weights(unet, {"new": [0, 1, 0, 0.5]}):
             some = unet(*plain).sample

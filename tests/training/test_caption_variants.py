@@ -11,7 +11,7 @@ from training_runs import have_equal_tensors, last_checkpoint, short_run
 
 import sdtune
 from sdtune.adapters import tuner_file
-from sdtune.training import caption_variants, dataset, encoding, errors, sample_step, trainer
+from sdtune.training import caption_variants, dataset, encoding, errors, random_choices, trainer
 from sdtune.training.buckets import AspectBuckets
 
 TAGS = "1girl, silver hair, red eyes, smile"
@@ -78,7 +78,7 @@ def test_each_text_and_each_repeat_is_taken_as_often_as_it_should_be():
     buckets = [encoding.Bucket(torch.arange(3), latents, latents)]
     counts, repeats = torch.tensor([1, 3, 2]), torch.tensor([10, 20, 10])
     encoded = encoding.Encoded(["a", "b", "c"], buckets, None, None, counts, repeats)
-    drawn = [sample_step.sample_step(sdtune.TrainConfig(), step, 8, encoded, 1000) for step in range(300)]
+    drawn = [random_choices.draw_random_choices(sdtune.TrainConfig(), step, 8, encoded, 1000) for step in range(300)]
     images = Counter(i for d in drawn for i in d.image.tolist())
     assert images == {0: 600, 1: 1200, 2: 600}
     texts = Counter((i, t) for d in drawn for i, t in zip(d.image.tolist(), d.text.tolist()))

@@ -30,7 +30,7 @@ class StepSample:
     posterior_noise: torch.Tensor  # for sampling a latent from the VAE's mean and standard deviation, (B, C, h, w)
 
 
-def sample_step(config: TrainConfig, step: int, size: int, encoded: Encoded, timesteps: int) -> StepSample:
+def draw_random_choices(config: TrainConfig, step: int, size: int, encoded: Encoded, timesteps: int) -> StepSample:
     """The random choices of a step.
 
     The images of a step are of one bucket, whose turn it is (`choose_turn`); the images of a bucket come in shuffled

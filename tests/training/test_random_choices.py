@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdtune
-from sdtune.training import encoding, sample_step
+from sdtune.training import encoding, random_choices
 
 
 def make_encoded(counts: list[int], flips: int, side: int) -> encoding.Encoded:
@@ -28,10 +28,10 @@ def make_encoded(counts: list[int], flips: int, side: int) -> encoding.Encoded:
 def test_every_image_is_trained_on_equally_often_with_any_number_of_processes(count, batch, ranks, steps, seed):
     encoded = make_encoded([count], 2, 2)
     config = sdtune.TrainConfig(seed=seed)
-    drawn = [sample_step.sample_step(config, s, ranks * batch, encoded, 1000) for s in range(steps)]
+    drawn = [random_choices.draw_random_choices(config, s, ranks * batch, encoded, 1000) for s in range(steps)]
     seen = Counter(i for d in drawn for i in d.image.tolist())
     assert max(seen.values()) - min(seen[i] for i in range(count)) <= 1
-    again = sample_step.sample_step(config, steps - 1, ranks * batch, encoded, 1000)
+    again = random_choices.draw_random_choices(config, steps - 1, ranks * batch, encoded, 1000)
     assert torch.equal(again.noise, drawn[-1].noise) and torch.equal(again.timestep, drawn[-1].timestep)
     assert all(((d.timestep >= 0) & (d.timestep < 1000)).all() for d in drawn)
 
@@ -39,7 +39,7 @@ def test_every_image_is_trained_on_equally_often_with_any_number_of_processes(co
 def test_a_noise_offset_moves_each_channel_as_a_whole():
     encoded = make_encoded([3], 1, 8)
     with_it, without = (
-        sample_step.sample_step(sdtune.TrainConfig(noise_offset=offset), 0, 3, encoded, 1000).noise
+        random_choices.draw_random_choices(sdtune.TrainConfig(noise_offset=offset), 0, 3, encoded, 1000).noise
         for offset in (0.5, 0.0)
     )
     moved = (with_it - without).flatten(2)
@@ -53,7 +53,7 @@ def test_a_noise_offset_moves_each_channel_as_a_whole():
 def test_images_of_every_shape_are_trained_on_equally_often_also_the_only_one_of_its_shape(counts, batch, seed):
     encoded, config = make_encoded(counts, 1, 2), sdtune.TrainConfig(seed=seed)
     steps = sum(counts)
-    drawn = [sample_step.sample_step(config, s, batch, encoded, 1000) for s in range(2 * steps)]
+    drawn = [random_choices.draw_random_choices(config, s, batch, encoded, 1000) for s in range(2 * steps)]
     for first in (0, steps):
         seen = Counter(i for d in drawn[first : first + steps] for i in d.image.tolist())
         assert seen == dict.fromkeys(range(steps), batch)
