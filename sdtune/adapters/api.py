@@ -16,7 +16,7 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 
 from ..bases.properties import describe_base, get_unet
 from ..tuners.config import LORAS, NOAH, PEFT_METHODS, TunerConfig
-from . import diffusers_guards, foreign_lora, inject, lora, noah, state, tuner_file
+from . import active_adapters, diffusers_guards, foreign_lora, inject, lora, noah, tuner_file
 
 
 def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: str = tuner_file.FILE_NAME, **hub) -> str:
@@ -88,7 +88,7 @@ def _load_plain_lora(pipe, path: Path, name: str) -> None:
             f"{path} is a LoRA of another tool; load it into a pipeline, not into a bare {type(pipe).__name__}"
         )
     models = [m for m in (pipe.unet, getattr(pipe, "text_encoder", None)) if m is not None]
-    with state.preserve_adapters(*models):
+    with active_adapters.preserve_adapters(*models):
         try:
             foreign_lora.load(pipe, path, name)
         except tuner_file.TunerFileError:
