@@ -38,7 +38,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "prodigy"] = _option(
         "adamw", "prodigy chooses the learning rate by itself (arXiv 2306.06101); learning_rate then multiplies it"
     )
-    learning_rate: float | None = _option(None, "default: 1e-4, as published, and 1e-5 for full fine-tuning; for a UNet as "
+    learning_rate: float | None = _option(None, "default: 1e-4, as published; 1e-5 for full fine-tuning; for a UNet as "
                                           "small as tiny-sd's 6e-3 and 3e-4; 1 for prodigy")  # fmt: skip
     lr_scheduler: Literal["constant", "cosine", "linear"] = _option("cosine", "shape of the rate after warm-up")
     lr_warmup_steps: int = _option(0, "steps over which the rate rises from 0")
