@@ -39,7 +39,7 @@ def test_where_nothing_was_learnt_no_picture_is_blamed():
 
 
 def test_the_pictures_of_a_run_are_measured_at_its_checkpoints_as_the_run_measured_them(pairs, tmp_path, capsys):
-    config = short_run(pairs, tmp_path, resolution=128, checkpoint_every=2, trigger_words="tok")
+    config = short_run(pairs, tmp_path, resolution=64, checkpoint_every=2, trigger_words="tok")
     result = sdtune.fit(config)
     capsys.readouterr()
     page = tmp_path / "page.html"
@@ -56,7 +56,7 @@ def test_the_pictures_of_a_run_are_measured_at_its_checkpoints_as_the_run_measur
 
 
 def test_a_run_whose_settings_or_pictures_are_gone_says_so(pairs, tmp_path, capsys):
-    sdtune.fit(short_run(pairs, tmp_path, steps=1, resolution=128))
+    sdtune.fit(short_run(pairs, tmp_path, steps=1, resolution=64))
     settings = json.loads((tmp_path / "run/config.json").read_text())
     shutil.rmtree(pairs)
     assert command.main([str(tmp_path / "run")]) == 1

@@ -105,7 +105,7 @@ def test_options_out_of_range_are_refused(options, sentence):
 def test_a_run_with_all_of_it_is_killed_and_resumes_to_the_same_bits(pairs, tmp_path, monkeypatch):
     (pairs / "train/0.txt").write_text("1girl, {red|blue} hair, smile\na girl, " + "very long, " * 40)
     changes = dict(shuffle_tags=True, keep_tokens=1, tag_dropout=0.3, caption_variants=4, clip_skip=2, max_tokens=150,
-                   trigger_words="sks", resolution=128)  # fmt: skip
+                   trigger_words="sks", resolution=64)  # fmt: skip
     sdtune.fit(short_run(pairs, tmp_path / "straight", **changes))
 
     step = trainer.Trainer.step

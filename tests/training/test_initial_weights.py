@@ -71,7 +71,7 @@ def test_a_run_starts_from_a_file_and_resumes_without_it(pairs, tmp_path, files)
     path = tmp_path / "start.safetensors"
     path.write_bytes((files / "two.safetensors").read_bytes())
     start = tuner_file.load(path)
-    changes = dict(init=str(path), resolution=128, learning_rate=1e-9)
+    changes = dict(init=str(path), resolution=64, learning_rate=1e-9)
     result = sdtune.fit(short_run(pairs, tmp_path, steps=1, **changes))
     file = tuner_file.load(result.tuner)
     assert file.config == start.config and file.training["init"] == str(path)

@@ -51,7 +51,7 @@ def test_the_file_holds_the_moving_average_of_the_weights_after_each_step(pairs,
         weights.append({name: tensor.clone() for name, tensor in self.weights.named.items()})
 
     monkeypatch.setattr(trainer.Trainer, "step", noted)
-    result = sdtune.fit(short_run(pairs, tmp_path, ema_decay=0.3, resolution=128))
+    result = sdtune.fit(short_run(pairs, tmp_path, ema_decay=0.3, resolution=64))
     average = weights[0]
     for number, now in enumerate(weights[1:], 1):
         decay = min(0.3, (1 + number) / (10 + number))
@@ -80,7 +80,7 @@ def test_prodigy_finds_a_rate(pairs, tmp_path, monkeypatch):
 
 
 def test_preservation_pulls_the_prediction_back_to_the_bases_where_trigger_words_are_missing(pairs, tmp_path, capsys):
-    changes = dict(trigger_words="sks", caption_dropout=0.0, steps=6, learning_rate=3e-3, resolution=128)
+    changes = dict(trigger_words="sks", caption_dropout=0.0, steps=6, learning_rate=3e-3, resolution=64)
     measured = {}
     for weight in (1e-9, 20.0):
         sdtune.fit(short_run(pairs, tmp_path / str(weight), preserve=weight, **changes))
@@ -102,7 +102,7 @@ def test_the_preservation_loss_of_a_fresh_tuner_is_zero_and_its_gradient_comes_f
 
 
 def test_what_preserve_means_with_other_settings_is_said(pairs, tmp_path, capsys):
-    sdtune.fit(short_run(pairs, tmp_path, steps=1, preserve=1.0, caption_dropout=0.1, resolution=128))
+    sdtune.fit(short_run(pairs, tmp_path, steps=1, preserve=1.0, caption_dropout=0.1, resolution=64))
     out = capsys.readouterr().out
     assert "for the empty caption only, since there are no --trigger_words" in out
     assert "--caption_dropout 0 ends this contradiction" in out
