@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..bases.errors import BaseError
+from .augmentation import AUGMENTATIONS
 from .experiment import Experiment, Settings, SettingsError
 from .methods import DEFAULT, HELP
 
@@ -39,7 +40,8 @@ def _parse(argv: list[str]) -> Settings:
     add("--image_size", type=int, help="side of the pictures in pixels (default: the base's, at most 224)")
     add("--layers", type=int, help="use the first so many blocks of the base only")
     add("--train_size", type=int, help="training and validation pictures together, drawn at random (default: all)")
-    add("--augment", choices=["none", "crop_flip"], help="random crops and flips (default: none)")
+    augment = "of the training pictures: random crops and flips, or all of SSF's for CIFAR-100 (default: none)"
+    add("--augment", choices=AUGMENTATIONS, help=augment)
     add("--mixed_precision", choices=["no", "bf16", "fp16"], help="precision of the base's arithmetic (default: no)")
     add("--output", help=f"folder for the results (default: {default.output})")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}

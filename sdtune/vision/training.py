@@ -18,6 +18,7 @@ from torch import nn
 from ..adapters import api, disk
 from ..adapters.operations import find_heads
 from ..tuners.config import FULL, LINEAR
+from .augmentation import augment
 from .data import Pixels
 from .methods import Method
 from .model import ADAPTER, Classifier, load_classifier, save_classifier
@@ -34,8 +35,8 @@ class Schedule:
         batch_size: pictures of a step.
         rate: largest learning rate; None: the method's usual one.
         decay: weight decay of AdamW.
-        augment: "none", or "crop_flip": random crops of 8 to 100 % of the area and flips; SSF's code for CIFAR-100 has
-            these and more.
+        augment: "none"; "crop_flip": random crops of 8 to 100 % of the area and flips; or "ssf": these and the
+            RandAugment, mixup, CutMix, erasing and label smoothing of SSF's code for CIFAR-100.
     """
 
     epochs: int = 100
@@ -127,11 +128,13 @@ def _fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate * schedule.factor((epoch + step / steps) / schedule.epochs)
             with CountSaved(model) if step == 0 and epoch == start else nullcontext() as counted:
+                targets = pixels.labels[indices.to(pixels.labels.device)]
                 if features is not None:
                     logits = layer(features[indices])
                 else:
-                    logits = classifier(augment(classifier.normalise(pixels[indices]), schedule.augment))
-                loss = F.cross_entropy(logits, pixels.labels[indices.to(pixels.labels.device)])
+                    x, targets = augment(pixels[indices], targets, classifier, schedule.augment)
+                    logits = classifier(x)
+                loss = F.cross_entropy(logits, targets)
             memory = counted.bytes if counted else memory
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -214,25 +217,6 @@ class CountSaved:
 
     def __exit__(self, *error):
         self._hooks.__exit__(*error)
-
-
-def augment(x: torch.Tensor, how: str) -> torch.Tensor:
-    """(B, 3, side, side) -> the same, with a random crop of 8 to 100 % of the area and a flip, for "crop_flip"."""
-    if how == "none":
-        return x
-    batch = len(x)
-    area, ratio = (
-        torch.empty(batch).uniform_(0.08, 1),
-        torch.empty(batch).uniform_(math.log(3 / 4), math.log(4 / 3)).exp(),
-    )
-    size = torch.stack([(area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)], 1)
-    centre = (2 * torch.rand(batch, 2) - 1) * (1 - size)
-    flip = torch.where(torch.rand(batch) < 0.5, -1.0, 1.0)
-    theta = torch.zeros(batch, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = size[:, 0] * flip, size[:, 1]
-    theta[:, :, 2] = centre
-    grid = F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 @torch.no_grad()

@@ -98,13 +98,13 @@ def test_the_grid_chooses_rate_and_decay_on_the_validation_pictures(base, colour
     assert {f"rate {r['rate']:g}, decay {r['decay']:g}" for r in results["runs"].values()} == {best}
 
 
-@pytest.mark.parametrize("kind", ["res_attn", "full"])
+@pytest.mark.parametrize("kind, augment", [("res_attn", "none"), ("full", "none"), ("res_attn", "ssf")])
 def test_a_killed_run_continues_from_its_last_epoch_to_the_same_predictions_and_loss(
-    base, colours, tmp_path, monkeypatch, kind
+    base, colours, tmp_path, monkeypatch, kind, augment
 ):
     monkeypatch.setattr(training, "_SAVE_EVERY", 0)
     data = read_data(str(colours))
-    schedule = training.Schedule(epochs=6, batch_size=4, rate=0.01)
+    schedule = training.Schedule(epochs=6, batch_size=4, rate=0.01, augment=augment)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     def run(folder, log):
@@ -124,6 +124,16 @@ def test_a_killed_run_continues_from_its_last_epoch_to_the_same_predictions_and_
     second = run(killed, lines.append)
     assert lines[0].startswith("epoch 4 of 6")
     assert first["loss"] == second["loss"] and first["predictions"] == second["predictions"]
+
+
+def test_the_command_trains_with_the_augmentation_of_ssf(base, colours, tmp_path):
+    more = ("--kinds", "linear", "ssf", "--seeds", "1", "--epochs", "3", "--augment", "ssf", "--batch_size", "5")
+    assert main(arguments(base, colours, tmp_path, *more)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["augment"] == "ssf"
+    assert all(0.3 < run["loss"] < 3 for run in results["runs"].values())  # the entropy of smoothed labels is 0.29
+    assert "augmentation ssf" in (tmp_path / "table.md").read_text()
+    assert load_classifier(tmp_path / "colours/linear/seed-0").setup.labels == sorted(COLOURS)
 
 
 def test_linear_on_cached_features_is_what_training_the_head_alone_gives(base, colours):
@@ -181,15 +191,3 @@ def test_names_of_methods_give_the_settings_they_say():
     config = parse_method("res_attn-8x2@attn1+ff:res_adapter").config
     assert (config.rank, config.num_heads, config.ops, config.ffn_kind) == (8, 2, ["attn1", "ff"], "res_adapter")
     assert all(parse_method(name) for name in PAPER_PARAMETERS)
-
-
-def test_crops_show_a_part_of_the_picture_and_half_of_them_are_flipped():
-    torch.manual_seed(0)
-    ramp = torch.linspace(0, 1, 32).expand(400, 3, 32, 32)  # brighter to the right
-    found = training.augment(ramp, "crop_flip")
-    slopes = (found[:, 0, 16, 31] - found[:, 0, 16, 0]).tolist()
-    assert found.shape == ramp.shape and found.min() >= 0 and found.max() <= 1
-    assert 150 < sum(s < 0 for s in slopes) < 250
-    shown = [abs(s) for s in slopes]  # the share of the width
-    assert min(shown) > 0.2 and max(shown) <= 1 and max(shown) - min(shown) > 0.5
-    assert training.augment(ramp, "none") is ramp
