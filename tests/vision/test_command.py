@@ -126,12 +126,16 @@ def test_a_killed_run_continues_from_its_last_epoch_to_the_same_predictions_and_
     assert first["loss"] == second["loss"] and first["predictions"] == second["predictions"]
 
 
-def test_the_command_trains_with_the_augmentation_of_ssf(base, colours, tmp_path):
+def test_the_command_trains_with_the_augmentation_of_ssf(base, colours, tmp_path, monkeypatch):
+    loss, targets = training.F.cross_entropy, []
+    monkeypatch.setattr(training.F, "cross_entropy", lambda x, y: targets.append(y) or loss(x, y))
     more = ("--kinds", "linear", "ssf", "--seeds", "1", "--epochs", "3", "--augment", "ssf", "--batch_size", "5")
     assert main(arguments(base, colours, tmp_path, *more)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["settings"]["augment"] == "ssf"
-    assert all(0.3 < run["loss"] < 3 for run in results["runs"].values())  # the entropy of smoothed labels is 0.29
+    assert {y.shape for y in targets} == {(5, 3), (2, 3)}  # probabilities, of 12 pictures
+    assert torch.cat(targets).sum(1).tolist() == pytest.approx([1.0] * 12 * 3 * 2)
+    assert all(0.29 < run["loss"] < 3 for run in results["runs"].values())  # smoothed labels have an entropy of 0.29
     assert "augmentation ssf" in (tmp_path / "table.md").read_text()
     assert load_classifier(tmp_path / "colours/linear/seed-0").setup.labels == sorted(COLOURS)
 
