@@ -64,7 +64,7 @@ class Operation:
         if self.name == "layer":
             return (FullTuning if config.kind == FULL else ScaleAndShift)(self.module)
         if self.name == "conv":
-            return LowRankConvolution(self.module, config.rank)
+            return LowRankConvolution(self.module, config.rank, config.proj_drop)
         if self.channels:
             return MapBypass(self.channels, config.length)
         return build_tuner(config, self.name, self.widths)

@@ -32,15 +32,17 @@ class LowRankConvolution(Tuner):
     Args:
         layer: the frozen `nn.Conv2d`.
         rank: channels of `conv`.
+        proj_drop: dropout on the result in training, from 0 to below 1.
     """
 
-    def __init__(self, layer: nn.Conv2d, rank: int = 4):
+    def __init__(self, layer: nn.Conv2d, rank: int = 4, proj_drop: float = 0.0):
         super().__init__()
         self.conv = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
         self.o = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        self.proj_drop = nn.Dropout(proj_drop)
         nn.init.normal_(self.conv.weight, std=1 / rank)
         nn.init.zeros_(self.o.weight)
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         """x: (B, channels in, H, W) -> (B, channels out, H, W), to be added to the convolution's result."""
-        return self.o(self.conv(x))
+        return self.proj_drop(self.o(self.conv(x)))

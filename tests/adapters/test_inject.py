@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import sdtune
-from sdtune.adapters import active_adapters, hook, inject, per_sample
+from sdtune.adapters import active_adapters, api, hook, inject, per_sample
 from sdtune.tuners.config import KINDS, TUNER_OPS
 
 ALL = ["attn1", "attn2", "ff"]
@@ -536,3 +536,26 @@ def test_the_text_is_what_the_cross_attention_gets(unet):
     tokens = torch.randn(1, 4, block.norm1.normalized_shape[0])
     hook.add_residual(block.attn2, (tokens,), {"encoder_hidden_states": (text, [text])}, tokens)
     assert len(seen) == 4 * 7 + 1 and all(s is text for s in seen)
+
+
+def test_a_tuner_and_a_lora_on_the_same_convolutions_mix_in_any_order_and_go_without_a_trace(unet):
+    configs = {"tuner": sdtune.TunerConfig("res_attn_conv"), "lora": sdtune.TunerConfig("lora", ops=["ff", "conv"])}
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, unet.config.cross_attention_dim)
+
+    def predict(model):
+        with torch.no_grad():
+            return model(x, 500, text).sample
+
+    before, found = predict(unet), []
+    for names in (["tuner", "lora"], ["lora", "tuner"]):
+        for name in names:
+            sdtune.add_tuner(unet, configs[name], name)
+            generator = torch.Generator().manual_seed(len(name))
+            for p in api.tuner_parameters(unet, name).values():
+                p.data = 0.05 * torch.randn(p.shape, generator=generator)
+        unet.set_adapters(["tuner", "lora"], [1.0, 0.5])
+        found.append(predict(unet))
+        for name in names:
+            sdtune.unload_tuner(unet, name)
+        assert torch.equal(predict(unet), before)
+    assert torch.allclose(*found, atol=1e-5) and (found[0] - before).norm() > 0.01 * before.norm()
