@@ -23,8 +23,8 @@ def fit(
     adapter_config.json with adapter_model.safetensors.
 
     Args:
-        tuner: what to train; by default what `config.init` holds, else `TunerConfig()`, which is Algorithm 1; the default
-            of train_anime.py and the page is `config.DEFAULT_KIND`.
+        tuner: what to train; by default what `config.init` holds, else `TunerConfig()`, which is Algorithm 1; the
+            default of train_anime.py and the page is `config.DEFAULT_KIND`.
         on_step: called after each step with the number of finished steps and the last loss (on a GPU, after the next
             step has begun). If it returns True, the run stops as it does after a signal.
 
