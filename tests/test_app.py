@@ -299,7 +299,7 @@ def test_a_grid_compares_adapters_prompts_checkpoints_and_guidance(page):
     page.click("#draw-grid")
     page.wait_for_function("old => document.querySelector('#drawn-grid img.drawn').src != old", arg=old)
     width, height = size_of_grid(page)
-    # the base's label, two checkpoints of "run", and one of each run that an earlier server has not finished
+    # a label for each row, two checkpoints of "run", and one of each run that an earlier server has not finished
     assert 4 * 256 < width < 5 * 256 + 100 and 2 * 256 < height < 3 * 256
     choose(page, "axis-down", "adapter")
     page.click("#draw-grid")
