@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import kernels
 from ..adapters import active_adapters, per_sample
+from ..adapters.operations import ADAPTER_PATHS
 from ..bases import text_encoding
 from ..kernels.cpu import heap
 from ..kernels.cuda import graphs
@@ -129,7 +130,7 @@ def draw_cells(
 
     heap.keep_freed_memory()
     for model in (pipe.unet, pipe.vae):
-        kernels.to_channels_last(model)
+        kernels.to_channels_last(model, ADAPTER_PATHS)  # the trainer holds views of the weights of adapters
     silent = dict(getattr(pipe, "_progress_bar_config", {}))
     with bar, active_adapters.preserve_adapters(*(m for m in (pipe.unet, pipe.text_encoder) if m is not None)):
         pipe.set_progress_bar_config(**silent | {"disable": True})

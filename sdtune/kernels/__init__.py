@@ -64,13 +64,16 @@ def restore(model):
     return restore_layers(model)
 
 
-def to_channels_last(model):
+def to_channels_last(model, kept):
     """On a GPU in half precision lets the weights of convolutions lie in channels_last, in place; returns the model.
 
     The GPU's fastest convolutions need that order; otherwise they rearrange weights and pictures at each call.
+
+    Args:
+        kept: a regular expression found in the paths of modules whose weights keep their memory.
     """
     if is_enabled():
         from .layers import convolutions_to_channels_last
 
-        convolutions_to_channels_last(model)
+        convolutions_to_channels_last(model, kept)
     return model

@@ -12,8 +12,6 @@ from torch import nn
 
 from .dispatch import HALF_DTYPES, has_numba, is_traced, on_cuda_in_half
 
-_ADAPTER = re.compile(r"(^|\.)(lora_\w+|res_tuner)(\.|$)")  # paths of the weights of adapters
-
 
 def optimize_layers(model: nn.Module) -> nn.Module:
     """Changes the class of each layer that has a faster version here, and returns the model."""
@@ -32,13 +30,14 @@ def restore_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def convolutions_to_channels_last(model: nn.Module) -> nn.Module:
+def convolutions_to_channels_last(model: nn.Module, kept: re.Pattern) -> nn.Module:
     """On a GPU in half precision, puts the weights of convolutions, and so their results, into channels_last.
 
-    The weights of adapters keep their memory, because the trainer holds views of it.
+    Args:
+        kept: found in the paths of modules whose weights keep their memory.
     """
     for name, module in model.named_modules():
-        weight = module.weight if isinstance(module, nn.Conv2d) and not _ADAPTER.search(name) else None
+        weight = module.weight if isinstance(module, nn.Conv2d) and not kept.search(name) else None
         if weight is not None and weight.is_cuda and weight.dtype in HALF_DTYPES and weight.stride(3) == 1:
             # `contiguous` would leave the weights of a 1x1 convolution, and so its results, in the other order
             weight.data = torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight.data)

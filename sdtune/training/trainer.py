@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .. import kernels
 from ..adapters import api, hub, peft_files, tuner_file
+from ..adapters.operations import ADAPTER_PATHS
 from ..bases import load, properties
 from ..inference import grids, plots
 from ..kernels.cuda import graphs
@@ -94,7 +95,7 @@ class Trainer:
         )
 
         # the tuner in its UNet
-        self.unet = unet = kernels.to_channels_last(pipe.unet.to(device, dtype))
+        self.unet = unet = kernels.to_channels_last(pipe.unet.to(device, dtype), ADAPTER_PATHS)
         api.add_tuner(unet, tuner, ADAPTER_NAME)
         self.weights = FlatWeights(api.tuner_parameters(unet, ADAPTER_NAME))
         if config.init and not checkpoint:

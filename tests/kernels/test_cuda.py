@@ -17,7 +17,8 @@ from torch import nn
 
 import sdtune
 from sdtune import kernels
-from sdtune.adapters import tuner_file
+from sdtune.adapters import api, tuner_file
+from sdtune.adapters.operations import ADAPTER_PATHS
 from sdtune.inference import compare, grids
 from sdtune.kernels import layers
 from sdtune.kernels.cuda import graphs
@@ -268,7 +269,7 @@ def test_geglu_is_diffusers_gradient_included(shape, dtype):
 
 def test_a_step_copies_no_picture_into_another_order_for_a_norm_nor_keeps_it_for_a_silu(monkeypatch):
     unet = kernels.to_channels_last(
-        sdtune.load_base("tiny-sd", torch.float16).unet.requires_grad_(False).eval().to("cuda")
+        sdtune.load_base("tiny-sd", torch.float16).unet.requires_grad_(False).eval().to("cuda"), ADAPTER_PATHS
     )
     sdtune.add_tuner(unet)
     monkeypatch.setattr(F, "group_norm", lambda *args: pytest.fail("a picture lies in another order"))
@@ -283,11 +284,20 @@ def test_a_step_copies_no_picture_into_another_order_for_a_norm_nor_keeps_it_for
     assert gradients and all(g.is_contiguous(memory_format=torch.channels_last) for g in gradients)
 
 
+def test_weights_of_adapters_keep_their_memory_which_the_trainer_holds():
+    unet = sdtune.load_base("tiny-sd", torch.float16).unet.to("cuda")
+    sdtune.add_tuner(unet, sdtune.TunerConfig("res_attn_conv"), "a")
+    before = {k: p.data_ptr() for k, p in api.tuner_parameters(unet, "a").items()}
+    kernels.to_channels_last(unet, ADAPTER_PATHS)
+    assert {k: p.data_ptr() for k, p in api.tuner_parameters(unet, "a").items()} == before
+
+
 def test_a_base_laid_out_for_the_gpu_gives_what_it_gave(files):
     unet = sdtune.load_base("tiny-sd", torch.float16).unet.to("cuda")
     plain = kernels.restore(copy.deepcopy(unet))
     x = torch.randn(2, 4, 16, 16, device="cuda", dtype=torch.float16)
     text = torch.randn(2, 77, unet.config.cross_attention_dim, device="cuda", dtype=torch.float16)
     with torch.no_grad():
-        found, wanted = (m(x, 500, text).sample for m in (kernels.to_channels_last(unet.requires_grad_(False)), plain))
+        laid_out = kernels.to_channels_last(unet.requires_grad_(False), ADAPTER_PATHS)
+        found, wanted = (m(x, 500, text).sample for m in (laid_out, plain))
     assert alike(found, wanted, 0.01)
