@@ -38,12 +38,13 @@ from ..training.buckets import AspectBuckets
 from ..training.config import TrainConfig
 from ..tuners.config import TunerConfig
 
-REFERENCE, RES_ATTN, RES_ATTN_CONV, LORA, FLOOR = "reference", "res_attn", "res_attn_conv", "lora", "floor"
+REFERENCE, RES_ATTN, LORA, FLOOR = "reference", "res_attn", "lora", "floor"
+RES_ATTN_CONV, BYPASS = "res_attn_conv", "bypass"
 DIFFUSERS_BASE, BASE, FUSED = "plain", "base", "lora_fused"
 CANDIDATES = {
     "train": {REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn",
-              RES_ATTN_CONV: "sdtune, Res-Attn with convolutions", LORA: "sdtune, LoRA r 4",
-              FLOOR: "floor: frozen UNet"},
+              RES_ATTN_CONV: "sdtune, Res-Attn with convolutions", BYPASS: "sdtune, bypass",
+              LORA: "sdtune, LoRA r 4", FLOOR: "floor: frozen UNet"},
     "draw": {DIFFUSERS_BASE: "base as diffusers loads it", BASE: "base", RES_ATTN: "base + Res-Attn",
              LORA: "base + LoRA", FUSED: "base + LoRA, fused"},
 }  # fmt: skip
@@ -87,7 +88,11 @@ class Job:
             gradient_checkpointing=self.checkpointing, steps=self.repetitions if self.part == "finish" else 1000,
             **({} if self.default_previews else short),
         )  # fmt: skip
-        tuners = {LORA: dict(kind="lora", rank=4, ops=["attn1", "attn2"]), RES_ATTN_CONV: dict(kind="res_attn_conv")}
+        tuners = {
+            LORA: dict(kind="lora", rank=4, ops=["attn1", "attn2"]),
+            RES_ATTN_CONV: dict(kind="res_attn_conv"),
+            BYPASS: dict(kind="bypass", length=79),  # on tiny-sd as many parameters as Res-Attn
+        }
         return config, TunerConfig(**(self.tuner or tuners.get(self.name, {})))
 
 

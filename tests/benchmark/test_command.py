@@ -47,7 +47,7 @@ def test_the_part_kernels_refuses_to_compare_kernels_that_are_switched_off(monke
 
 
 def test_a_stopped_run_reports_the_rounds_that_all_candidates_finished(monkeypatch, capsys):
-    turns = iter([*[0.5] * 10, *[0.4, 0.2, 0.2, 0.2, 0.2], *[0.6, 0.2, 0.2, 0.2, 0.1], 0.1])
+    turns = iter([*[0.5] * 12, *[0.4, *[0.2] * 5], *[0.6, *[0.2] * 4, 0.1], 0.1])
 
     class ScriptedProcess:
         def __init__(self, job):
@@ -77,7 +77,7 @@ def test_a_stopped_run_reports_the_rounds_that_all_candidates_finished(monkeypat
     printed = capsys.readouterr()
     assert "stopped in train" in printed.err and "draw:" not in printed.err
     rows = [line.split(" | ") for line in printed.out.splitlines() if line.startswith("| 1 | ")]
-    assert [float(row[2]) for row in rows] == [0.2, 0.25, 0.4, 0.2, 0.2]  # of two rounds, which begin in turns
+    assert [float(row[2]) for row in rows] == [0.2, 0.25, 0.4, 0.2, 0.2, 0.2]  # of two rounds, which begin in turns
 
 
 def test_candidates_that_fail_are_reported_with_their_last_output(monkeypatch, capsys):
