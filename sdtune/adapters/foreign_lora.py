@@ -215,7 +215,10 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
                 if found.kind == "DoRA" and "magnitude" not in parts:
                     wrong.append(f"{path} has no dora_scale")
                 elif found.kind == "DoRA" and wide and not _is_per_output(shapes[parts["magnitude"]], wide):
-                    wrong.append(f"the dora_scale of {path} is per input (wd_on_out=False), which PEFT has not")
+                    wrong.append(
+                        f"the dora_scale of {path} has the shape {list(shapes[parts['magnitude']])}, not one number "
+                        "for each output; one for each input (wd_on_out=False) PEFT has not"
+                    )
             elif found.kind == "OFT":
                 wrong += [
                     f"{path} {problem}"

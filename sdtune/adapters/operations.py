@@ -176,23 +176,23 @@ def find_operations(model: nn.Module, config: TunerConfig, classes: int | None =
         ops = [op for op in ops if op in _VISION_PARTS]
     found, lacking = {}, []
     for path, block in blocks.items():
-        for op in ops:
-            if op == "conv":
-                continue
+        for op in (op for op in ops if op != "conv"):
             name = _VISION_PARTS.get(op, op) if _is_vision_block(block) else op
             module = block if op == "block" else getattr(block, name, None)
             if module is None:
                 lacking.append(f"{path}.{name}")
             found[path if op == "block" else f"{path}.{name}"] = Operation(op, module, block)
-    if lacking:
-        raise ValueError(f"this model lacks the operations {', '.join(lacking)}; leave them out of ops")
     if "conv" in ops:
-        found |= {
+        convolutions = {
             path.replace(".base_layer", ""): Operation("conv", module)
             for path, module in model.named_modules()
             if isinstance(module, nn.Conv2d) and not ADAPTER_PATHS.search(path)
             and path.replace(".base_layer", "").rpartition(".")[2] in _LORA_LAYERS["conv"]
         }  # fmt: skip
+        found |= convolutions
+        lacking += [] if convolutions else ["conv"]
+    if lacking:
+        raise ValueError(f"this model lacks the operations {', '.join(lacking)}; leave them out of ops")
     return found | heads
 
 

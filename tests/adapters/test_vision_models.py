@@ -172,6 +172,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence_and_changes_nothing(tmp_path
         sdtune.load_tuner(model, file)
     with pytest.raises(sdtune.TunerFileError, match="a Stable Diffusion UNet; this model is vit"):
         sdtune.load_tuner(model, "assets/anime_res_attn.safetensors")
+    with pytest.raises(ValueError, match="lacks the operations conv; leave them out"):
+        sdtune.add_tuner(model, sdtune.TunerConfig("res_attn_conv", ops=["attn1", "conv"]))
     with pytest.raises(ValueError, match=r"lacks the operations vit\.layers\.0\.attn2"):
         sdtune.add_tuner(model, sdtune.TunerConfig(ops=["attn2"]))
     with pytest.raises(ValueError, match="can be on attn1 and ff, not on attn2"):

@@ -66,8 +66,9 @@ def find_convolutions(unet: nn.Module) -> dict[str, tuple[str, nn.Conv2d]]:
     """The convolutions that a tuner can be beside, by their path in diffusers' UNet: (path here, module)."""
     found = {}
     for path, _, parent, layer in _find_layers(unet):
+        inner = dict(layer.named_modules())
         for own, name in _CONVOLUTIONS.items():
-            module = dict(layer.named_modules()).get(own)
+            module = inner.get(own)
             if isinstance(module, nn.Conv2d):
                 found[f"{parent}.{name}"] = f"{path}.{own}", module
     return found
@@ -204,7 +205,7 @@ def add_tuner(model, file: tuner_file.TunerFile, strength: float = 1.0, source: 
         if op in ("ff", "block", "conv"):
             own = convolutions[path][0] if op == "conv" else blocks[path].path + (".ff" if op == "ff" else "")
             name = f"diffusion_model.{own}.forward"
-            wrap = _with_block_tuner if op == "block" else _with_simple_tuner
+            wrap = _with_block_tuner if op == "block" else _with_tuner
             model.add_object_patch(name, wrap(_current_forward(model, name), tuner, strength))
     return model
 
@@ -241,7 +242,7 @@ def _patch_attention(model, op: str, tuners: dict[tuple, PlacedTuner], strength:
     patches[f"{op}_patch"] = [patches[f"{op}_patch"][-1], *patches[f"{op}_patch"][:-1]]
 
 
-def _with_simple_tuner(forward: Callable, tuner: PlacedTuner, strength: float) -> Callable:
+def _with_tuner(forward: Callable, tuner: PlacedTuner, strength: float) -> Callable:
     def forward_with_tuner(x, *args, **kwargs):
         residual = strength * tuner(x)
         y = forward(x, *args, **kwargs)
