@@ -26,8 +26,9 @@ ROOT = Path(__file__).parent.parent
 QUICK = "--batch_size 2 --resolution 64 --preview_steps 1 --preview_every 0 --preview_prompts girl".split()
 
 
-def launch(*flags, launcher=(), wait=True):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *launcher, "train_anime.py", *QUICK, *flags]
+def launch(*flags, launcher=("-m", "accelerate.commands.launch", "--cpu"), wait=True):
+    """Starts a run; with `launcher=()` without Accelerate's launcher, whose imports alone take seconds."""
+    command = [sys.executable, *launcher, "train_anime.py", *QUICK, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -63,9 +64,10 @@ def test_a_launched_run_prints_where_things_are_and_three_lines_that_load_the_tu
 
 def test_two_processes_give_what_one_process_with_twice_the_batch_gives(tmp_path):
     flags = ["--steps", "3", "--output"]
-    code, output = launch(*flags, str(tmp_path / "two"), launcher=["--num_processes", "2"])
+    two_processes = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    code, output = launch(*flags, str(tmp_path / "two"), launcher=two_processes)
     assert code == 0, output
-    code, output = launch(*flags, str(tmp_path / "one"), "--batch_size", "4")
+    code, output = launch(*flags, str(tmp_path / "one"), "--batch_size", "4", launcher=())
     assert code == 0, output
     one, two = (tmp_path / n / "checkpoints/step-000003" for n in ("one", "two"))
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
@@ -93,7 +95,9 @@ def test_a_signal_writes_a_checkpoint_before_the_run_ends(tmp_path, receiver):
     assert "a checkpoint is in" in output and "--resume" in output, output
     last = int(output.split("stopped at step ")[1].split()[0])
     assert tuner_file.load(out / f"checkpoints/step-{last:06d}").tensors
-    code, output = launch("--steps", str(last + 1), "--output", str(out), "--checkpoint_every", "3", "--resume")
+    code, output = launch(
+        "--steps", str(last + 1), "--output", str(out), "--checkpoint_every", "3", "--resume", launcher=()
+    )
     assert code == 0 and f"resumed at step {last}" in output, output
 
 
@@ -108,7 +112,7 @@ def test_kill_9_at_any_moment_leaves_whole_checkpoints_to_resume(tmp_path):
     whole = sorted((out / "checkpoints").glob("step-*"))
     assert all(tuner_file.load(folder).tensors for folder in whole)
     last = int(whole[-1].name[5:])
-    code, output = launch("--steps", str(last + 1), "--output", str(out), "--resume")
+    code, output = launch("--steps", str(last + 1), "--output", str(out), "--resume", launcher=())
     assert code == 0 and f"resumed at step {last}" in output, output
 
 
