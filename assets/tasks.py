@@ -1,12 +1,14 @@
-"""Prepares two tasks for `python -m sdtune.evaluation`: 30 pairs of a style that the small base has never seen, each
-with 120 held-out prompts and their true pictures, at 256 px.
+"""Prepares the tasks of `python -m sdtune.evaluation`: 30 pairs of a style that the small base has never seen, each
+with held-out prompts and their true pictures.
 
     pip install resvg_py
-    python assets/tasks.py            # writes .cache/tasks/openmoji and .cache/tasks/fluent3d
+    python assets/tasks.py            # writes .cache/tasks/anime, .cache/tasks/openmoji and .cache/tasks/fluent3d
 
-The drawings come from the npm packages `openmoji` (CC-BY-SA 4.0) and `@lobehub/fluent-emoji-3d` (MIT); they are not
-stored in the repository. Both tasks have the same concepts in the same places, drawn at random from those that every
-designer has drawn: the base knows them, only the style is new.
+- anime: the pairs of `assets/anime`, and 36 more held-out characters by the same program, which recombine the values of
+  the training characters at random; 48 in all, since 12 are too few to tell methods apart.
+- openmoji, fluent3d: 120 held-out emoji at 256 px. The drawings come from the npm packages `openmoji` (CC-BY-SA 4.0)
+  and `@lobehub/fluent-emoji-3d` (MIT); they are not stored in the repository. Both tasks have the same concepts in the
+  same places, drawn at random from those that every designer has drawn: the base knows them, only the style is new.
 """
 
 import argparse
@@ -18,7 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent / "tiny-sd"))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "tiny-sd"), str(HERE / "anime")]
 from corpus import UNSEEN, fetch, missing_tools, rows_of  # noqa: E402
 
 KNOWN = ("noto", "twemoji", "fluent")  # the base has seen a concept if these designers have drawn it
@@ -49,6 +52,28 @@ def write(cache: Path, train: int = 30, test: int = 120, seed: int = 0) -> list[
     return folders
 
 
+def write_anime(cache: Path, more: int = 36, seed: int = 0) -> Path:
+    """Writes `cache/tasks/anime`: the pairs of assets/anime with `more` held-out characters; returns this folder."""
+    import draw
+
+    folder, rng = cache / "tasks/anime", random.Random(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(HERE / "anime/train", folder / "train")
+    shutil.copytree(HERE / "anime/test", folder / "test")
+    with open(folder / "test/metadata.jsonl", "a") as lines:
+        for number in range(len(draw.TEST), len(draw.TEST) + more):
+            like = rng.choice(draw.TRAIN)  # gives who it is, and what belongs to this: hair style, pose and gesture
+            pick = [getattr(rng.choice(draw.TRAIN), field) for field in draw.Spec._fields]
+            spec = draw.Spec(*pick)._replace(
+                who=like.who, hair_style=like.hair_style, fringe=like.fringe, pose=like.pose, gesture=like.gesture,
+                outfit=rng.choice([row.outfit for row in draw.TRAIN if row.who == like.who]),
+            )  # fmt: skip
+            name = f"test-{number + 1:02d}.png"
+            draw.picture(spec, f"test{number}").save(folder / "test" / name)
+            lines.write(json.dumps({"file_name": name, "text": draw.caption(spec, number)}) + "\n")
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where packages and tasks go")
@@ -56,7 +81,7 @@ def main() -> None:
     if problem := missing_tools():
         raise SystemExit(problem)
     fetch(cache / "packages", KNOWN + UNSEEN)
-    for folder in write(cache):
+    for folder in (write_anime(cache), *write(cache)):
         train, test = (len(list((folder / split).glob("*.png"))) for split in ("train", "test"))
         print(f"{folder}: {train} pairs, {test} held out")
 

@@ -2,7 +2,8 @@
 
 The prompts are drawn with every checkpoint from the same noise into one sheet, and scored by the metrics of
 `sdtune.evaluation` (extra `evaluate`). Recommended is the earliest that is beyond doubt worse than the best neither in
-style, nor in following its prompt, nor in held-out error.
+likeness to the true pictures, nor in following its prompt, and that does not copy the training pictures. The held-out
+loss has no say: it rises while faces still become more whole (`assets/results/res_attn_conv.md`).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from PIL import Image
 from ..adapters import api, tuner_file
 from ..bases import load, properties
 from ..inference import compare, grids
-from ..training import caption_variants, checkpoints, run_folder, setup, stopping
+from ..training import caption_variants, checkpoints, run_folder, setup
 from ..training.buckets import AspectBuckets
 from ..training.encoding import Encoded
 from ..training.errors import TrainError
@@ -27,7 +28,7 @@ from .model import default_device
 
 SHEET_NAME, TABLE_NAME = "steps.png", "steps.md"
 MOST_STEPS = 8  # checkpoints that are scored, besides the base
-CRITERIA = {"kid": -1, "rank": 1, "error": -1}  # metric -> 1 where more is better, -1 where less is
+CRITERIA = ("similarity", "rank")  # of both, more is better
 
 
 @dataclass
@@ -117,6 +118,7 @@ def score_steps(
     shapes = [buckets.shape_for(pair.size) for pair in heldout]
     true = _reconstruct(pipe, encoded)
     of_true, of_train = features.features(true, device), features.features(_reconstruct(pipe, of_pairs), device)
+    local = features.local_features(true, device)
     texts = [caption_variants.first_text(pair, config.trigger_words) for pair in heldout]
     guidance = properties.default_guidance(pipe) if config.guidance_scale is None else config.guidance_scale
 
@@ -135,7 +137,7 @@ def score_steps(
         losses = denoising_errors(pipe.unet, scheduler, encoded)
         own = features.features(drawn, device)
         scores = {
-            "kid": metrics.kid(own, of_true),
+            "similarity": metrics.local_similarity(features.local_features(drawn, device), local),
             "rank": metrics.fidelity(own, of_true)[1],
             "error": intervals.mean(losses),
             "novelty": metrics.novelty(own, of_true, of_train),
@@ -165,19 +167,20 @@ def recommend(scored: list[Scored]) -> tuple[int, str]:
     """The step to keep, and the reason as a sentence.
 
     A step counts as worse than the best one in a metric if the 95 % interval of their difference over the prompts
-    excludes 0. Steps after the held-out loss has risen (`stopping`) are left out, as they memorise.
+    excludes 0. Steps that copy, whose pictures are beyond doubt nearer to the training pictures than the true pictures
+    of the same prompts are, are left out.
     """
-    memorising = stopping.first_memorising_step({s.step: s.losses for s in scored})
-    usable = [s for s in scored if memorising is None or s.step <= memorising]
+    copying = [s.step for s in scored if s.step and intervals.estimate([s.scores["novelty"]]).high < 1]
+    usable = [s for s in scored if s.step not in copying]
     equal_in: dict[int, list[str]] = {s.step: [] for s in usable}
     titles = {column.key: column.title for column in metrics.COLUMNS}
     best_steps = {}
-    for key, better in CRITERIA.items():
-        best = max(usable, key=lambda s: better * intervals.estimate([s.scores[key]]).value)
+    for key in CRITERIA:
+        best = max(usable, key=lambda s: intervals.estimate([s.scores[key]]).value)
         best_steps[key] = best.step
         for s in usable:
             difference = intervals.estimate([s.scores[key] - best.scores[key]])
-            if s is best or intervals.outcome(difference, better) != "wins against":
+            if s is best or intervals.outcome(difference, better=1) != "wins against":
                 equal_in[s.step].append(key)
     most = max(map(len, equal_in.values()))
     step = next(step for step, keys in equal_in.items() if len(keys) == most)
@@ -187,8 +190,9 @@ def recommend(scored: list[Scored]) -> tuple[int, str]:
         reason += (
             f"; no step is among the best in {', '.join(titles[k] for k in CRITERIA if k not in equal_in[step])} too"
         )
-    if memorising is not None:
-        reason += f"; steps after {memorising} are left out, since the held-out loss rises there"
+    if copying:
+        left_out = ", ".join(map(str, copying))
+        reason += f"; left out for copying training pictures (novelty below 1 beyond doubt): step {left_out}"
     if step == 0:
         reason += "; step 0 is the base: the tuner has not helped beyond doubt on these prompts"
     return step, reason
@@ -205,9 +209,10 @@ def write_sheet(folder: Path, scored: list[Scored], texts: list[str], true: list
 
 def _title(scored: Scored, chosen: int) -> str:
     name = "base" if scored.step == 0 else f"step {scored.step}"
-    values = {key: intervals.estimate([statistic]).value for key, statistic in scored.scores.items()}
     mark = "recommended: " if scored.step == chosen else ""
-    return f"{mark}{name}, KID {values['kid']:.3f}, prompt {values['rank']:.0%}, novelty {values['novelty']:.2f}"
+    values = {key: intervals.estimate([statistic]).value for key, statistic in scored.scores.items()}
+    similarity, rank, novelty = (values[key] for key in ("similarity", "rank", "novelty"))
+    return f"{mark}{name}, similarity {similarity:.3f}, prompt {rank:.0%}, novelty {novelty:.2f}"
 
 
 def make_table(scored: list[Scored], reason: str) -> str:

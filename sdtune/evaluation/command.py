@@ -1,6 +1,6 @@
 """Which tuner is better, by how much, and how certain is that? `python -m sdtune.evaluation --help`
 
-    python assets/tasks.py                                            # once: prepares two of the three tasks
+    python assets/tasks.py                                            # once: prepares the three tasks
     python -m sdtune.evaluation                                       # all of it
     accelerate launch --num_processes 4 -m sdtune.evaluation          # the same, shared by four processes
     python -m sdtune.evaluation --methods ablation --tasks openmoji --output output/ablation

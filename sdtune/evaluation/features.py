@@ -33,15 +33,34 @@ def feature_network(device: str = "cpu") -> torch.nn.Module:
 def features(images: Sequence[Image.Image], device: str = "cpu") -> torch.Tensor:
     """Pooled features of pictures, each of length 1: (n, 1280), on the CPU."""
     network, parts = feature_network(device), []
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for start in range(0, len(images), 32):
-        batch = torch.cat([
-            F.interpolate(_pixels(image), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-            for image in images[start : start + 32]
-        ])  # fmt: skip
-        found = network.extract_features(((batch - mean) / std).to(device)).mean((2, 3))
+        found = network.extract_features(_inputs(images[start : start + 32], 224).to(device)).mean((2, 3))
         parts.append(F.normalize(found, dim=1).cpu())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def local_features(images: Sequence[Image.Image], device: str = "cpu") -> torch.Tensor:
+    """Features of each place of pictures, of 16 x 16 of 256 x 256 pixels: (n, 112, 16, 16), on the CPU.
+
+    They are those of the network's eleventh block, half way: eyes, mouths and strokes rather than whole objects.
+    """
+    network, parts, found = feature_network(device), [], []
+    hook = network._blocks[10].register_forward_hook(lambda module, inputs, output: found.append(output.cpu()))
+    try:
+        for start in range(0, len(images), 32):
+            network.extract_features(_inputs(images[start : start + 32], 256).to(device))
+            parts.append(found.pop())
+    finally:
+        hook.remove()
+    return torch.cat(parts)
+
+
+def _inputs(images: Sequence[Image.Image], side: int) -> torch.Tensor:
+    """Pictures as the network takes them: (n, 3, side, side), with ImageNet's mean and deviation."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    resized = [F.interpolate(_pixels(image), size=(side, side), mode="bicubic", antialias=True) for image in images]
+    return (torch.cat(resized).clamp(0, 1) - mean) / std
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .intervals import Statistic, mean, mean_of_pairs
 
@@ -32,6 +33,25 @@ def kid(drawn: torch.Tensor, true: torch.Tensor, paired: bool = True) -> Statist
     own, fixed = mean_of_pairs(k(drawn, drawn)), mean_of_pairs(k(true, true)).of(torch.ones(1, len(true)))
     between = mean(k(drawn, true).mean(1))
     return Statistic(len(drawn), lambda w: own.of(w) + fixed - 2 * between.of(w))
+
+
+def local_similarity(drawn: torch.Tensor, true: torch.Tensor) -> Statistic:
+    """How alike the drawn and the true picture of a prompt are, place by place; 1 is alike, 0 is unrelated.
+
+    For each place of the true picture the cosine of its features with those of the drawn picture there or in one of
+    the eight places around, whichever is nearest, since parts may sit a little elsewhere. Each channel is standardised
+    over the true pictures first: otherwise what all pictures share makes any two alike.
+
+    Args:
+        drawn, true: `features.local_features` (n, channels, rows, columns), picture i of both for prompt i.
+    """
+    drawn, true = drawn.float(), true.float()
+    mean_, deviation = true.mean((0, 2, 3), keepdim=True), true.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
+    drawn, true = (F.normalize((x - mean_) / deviation, dim=1) for x in (drawn, true))
+    rows, columns = true.shape[2:]
+    around = F.pad(drawn, (1, 1, 1, 1))
+    shifted = [around[:, :, y : y + rows, x : x + columns] for y in range(3) for x in range(3)]
+    return mean(torch.stack([(true * other).sum(1) for other in shifted]).amax(0).mean((1, 2)))
 
 
 def colour_distance(drawn: torch.Tensor, true: torch.Tensor) -> Statistic:
@@ -88,6 +108,8 @@ class Column:
 COLUMNS = (
     Column("error", "held-out error", -1, "{:.4f}", "mean squared error of the predicted noise on the held-out "
            "pictures, at 8 timesteps and fixed noise"),
+    Column("similarity", "local similarity", 1, "{:.4f}", "cosine of the local features of the drawn and the true "
+           "picture of a prompt, place by place, within one place of 16; 1 is alike"),
     Column("kid", "KID", -1, "{:.4f}", "kernel distance of the features of drawn and of true pictures; 0 is alike"),
     Column("colour", "colours", -1, "{:.2f}", "distance of the drawn from the true colours, in hundredths of OKLab"),
     Column("nearest", "prompt nearest", 1, "{:.1%}", "drawn pictures to which, of the true pictures of all held-out "
@@ -109,14 +131,15 @@ def all_metrics(drawn: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tens
     """Every metric of one set of drawn pictures, by the keys of `COLUMNS`.
 
     Args:
-        drawn: of the held-out prompts `features` and `colours`, and, where a model drew them, its denoising `errors`
-            on the true pictures; for prompts outside the style `outside` (features) and `outside_errors`.
-        true: of the true pictures `features` and `colours`, and `train`, the features of the training pictures, all
-            of the VAE's reconstructions: a model's pictures are decoded by the VAE, whose blur would otherwise outweigh
-            all other differences; of the base's pictures `outside` and `outside_errors`.
+        drawn: of the held-out prompts `features`, `local` and `colours`, and, where a model drew them, its denoising
+            `errors` on the true pictures; for prompts outside the style `outside` (features) and `outside_errors`.
+        true: of the true pictures `features`, `local` and `colours`, and `train`, the features of the training
+            pictures, all of the VAE's reconstructions: a model's pictures are decoded by the VAE, whose blur would
+            otherwise outweigh all other differences; of the base's pictures `outside` and `outside_errors`.
     """
     nearest, rank = fidelity(drawn["features"], true["features"])
     found = {
+        "similarity": local_similarity(drawn["local"], true["local"]),
         "kid": kid(drawn["features"], true["features"]),
         "colour": colour_distance(drawn["colours"], true["colours"]),
         "nearest": nearest,

@@ -79,7 +79,8 @@ class Results:
         evaluation, device = self.evaluation, self.evaluation.model.device
         test, train = (evaluation.model.reconstruct(pairs) for pairs in (task.test, task.train))
         true = {
-            "features": features.features(test, device), "colours": features.colours(test),
+            "features": features.features(test, device), "local": features.local_features(test, device),
+            "colours": features.colours(test),
             "train": features.features(train, device), **evaluation.outside[1],
         }  # fmt: skip
         rows = []

@@ -41,10 +41,10 @@ class Settings:
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     methods: list[str] = field(default_factory=lambda: ["paper", "baselines"])
     seeds: int = 3
-    steps: int = 300
-    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
-    prompts: int = 100
-    batch_size: int = 4
+    steps: int = 200
+    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])
+    prompts: int = 48
+    batch_size: int = 8
     drawing_steps: int = 20
     base: str = "tiny-sd"
     output: str = "output/evaluation"
@@ -276,8 +276,10 @@ class Evaluation:
                 "errors": self.model.denoising_errors(self.encoded(task)),
                 "outside_errors": self.model.denoising_errors(outside),
             }
-        found |= {"features": features.features(drawn, device), "colours": features.colours(drawn),
-                  "outside": features.features(others, device)}  # fmt: skip
+        found |= {
+            "features": features.features(drawn, device), "local": features.local_features(drawn, device).half(),
+            "colours": features.colours(drawn), "outside": features.features(others, device),
+        }  # fmt: skip
         (folder / "drawn").mkdir(parents=True, exist_ok=True)
         for prefix, images in (("", drawn), ("outside-", others)):
             for i, image in enumerate(images):

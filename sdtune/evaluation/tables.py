@@ -51,7 +51,7 @@ def markdown_report(results: Results, machine: str) -> str:
 
 def _summary(results: Results) -> list[str]:
     """All tasks in one table: means, marked where they differ from the reference method's beyond doubt."""
-    columns = [c for c in COLUMNS if c.key in ("error", "kid", "rank")]
+    columns = [c for c in COLUMNS if c.key in ("error", "similarity", "rank")]
     marks = {"loses to": " ▲", "wins against": " ▼", "cannot be told from": ""}
     titles = ["method", "parameters", *(f"{task}: {c.title}" for task in results.rows for c in columns)]
     cells: dict[str, list[str]] = {}

@@ -12,7 +12,7 @@ from .methods import EvaluationError
 
 ROOT = Path(__file__).parents[2]
 TASKS = {
-    "anime": ROOT / "assets/anime",
+    "anime": ROOT / ".cache/tasks/anime",
     "openmoji": ROOT / ".cache/tasks/openmoji",
     "fluent3d": ROOT / ".cache/tasks/fluent3d",
 }

@@ -9,29 +9,31 @@ from sdtune.evaluation import checkpoint_scores, choose_step
 from sdtune.evaluation.intervals import mean
 
 
-def scored(step, kid, rank, error):
+def scored(step, similarity, rank, novelty=1.2):
     """A step with these values for each of 8 prompts, up to small differences that are the same for all steps."""
     noise = 1e-3 * torch.randn(8, generator=torch.Generator().manual_seed(step))
-    scores = {"kid": mean(kid + noise), "rank": mean(rank + noise), "error": mean(error + noise)}
-    return checkpoint_scores.Scored(step, [], scores, [error] * 8)
+    scores = {"similarity": mean(similarity + noise), "rank": mean(rank + noise), "novelty": mean(novelty + noise)}
+    return checkpoint_scores.Scored(step, [], scores, [0.1] * 8)
 
 
 def test_the_earliest_step_that_is_not_worse_beyond_doubt_is_recommended_with_the_reason():
-    steps = [scored(0, 0.5, 0.5, 0.3), scored(100, 0.2, 0.9, 0.2), scored(200, 0.2, 0.9, 0.2)]
+    steps = [scored(0, 0.2, 0.5), scored(100, 0.4, 0.9), scored(200, 0.4, 0.9)]
     step, reason = checkpoint_scores.recommend(steps)
-    assert step == 100 and "step 100 is the earliest that cannot be told from the best one in KID" in reason
-    step, reason = checkpoint_scores.recommend([steps[0], scored(100, 0.4, 0.9, 0.2), scored(200, 0.2, 0.9, 0.2)])
+    assert step == 100
+    assert "step 100 is the earliest that cannot be told from the best one in local similarity" in reason
+    step, reason = checkpoint_scores.recommend([steps[0], scored(100, 0.3, 0.9), scored(200, 0.4, 0.9)])
     assert step == 200
 
 
-def test_steps_after_the_heldout_loss_has_risen_are_left_out():
-    steps = [scored(0, 0.5, 0.5, 0.3), scored(100, 0.3, 0.8, 0.2), scored(200, 0.1, 0.9, 0.25), scored(300, 0, 1, 0.3)]
+def test_steps_that_copy_training_pictures_are_left_out():
+    steps = [scored(0, 0.2, 0.5), scored(100, 0.3, 0.8), scored(200, 0.4, 0.9, 0.8), scored(300, 0.5, 1.0, 0.5)]
     step, reason = checkpoint_scores.recommend(steps)
-    assert step == 100 and "steps after 100 are left out, since the held-out loss rises there" in reason
+    assert step == 100
+    assert "left out for copying training pictures (novelty below 1 beyond doubt): step 200, 300" in reason
 
 
 def test_a_base_that_nothing_improves_is_said():
-    step, reason = checkpoint_scores.recommend([scored(0, 0.2, 0.9, 0.2), scored(100, 0.2, 0.9, 0.2)])
+    step, reason = checkpoint_scores.recommend([scored(0, 0.4, 0.9), scored(100, 0.4, 0.9)])
     assert step == 0 and "the tuner has not helped beyond doubt" in reason
 
 

@@ -90,7 +90,7 @@ def test_a_task_method_or_number_that_cannot_be_evaluated_is_reported(tmp_path, 
     monkeypatch.setitem(tasks.TASKS, "openmoji", tmp_path / "nowhere")
     assert main(["--tasks", "openmoji"]) == 1
     assert "python assets/tasks.py" in capsys.readouterr().err
-    assert main(["--tasks", "anime", "--methods", "magic", "--output", str(tmp_path)]) == 1
+    assert main(["--tasks", str(tasks.ROOT / "assets/anime"), "--methods", "magic", "--output", str(tmp_path)]) == 1
     assert "no method magic; possible: res_attn" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--seeds", "0"])

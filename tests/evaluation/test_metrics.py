@@ -50,6 +50,16 @@ def test_metrics_of_any_features_keep_their_range(n, seed, spread):
     assert min(drawn.min(), true.min()) - 1e-6 <= found.low <= found.high
 
 
+def test_local_similarity_is_one_for_the_same_parts_and_falls_as_they_blur_or_move_away():
+    true = torch.randn(6, 12, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert value(metrics.local_similarity(true, true)) == pytest.approx(1, abs=1e-5)
+    near, far = (value(metrics.local_similarity(true.roll(shift, 3), true)) for shift in (1, 5))
+    assert near > 0.9 > 0.6 > far
+    smeared = value(metrics.local_similarity(F.avg_pool2d(true, 5, 1, 2), true))
+    other_prompts = value(metrics.local_similarity(true.roll(1, 0), true))
+    assert other_prompts < 0.6 and smeared < near
+
+
 def test_the_colour_distance_of_shifted_colours_is_the_shift():
     random = np.random.default_rng(0)
     noise = random.integers(40, 100, (4, 64, 64, 3), dtype=np.uint8)

@@ -8,7 +8,7 @@ import torch
 
 import sdtune
 from sdtune.evaluation import runs
-from sdtune.evaluation.tasks import Task
+from sdtune.evaluation.tasks import ROOT, Task
 
 
 def test_a_run_whose_loss_is_not_finite_has_an_infinite_error():
@@ -45,7 +45,7 @@ def test_rates_are_tried_where_the_validation_error_falls(errors, chosen, tried,
 
 
 def test_held_out_pictures_are_the_same_whatever_was_measured_before(tmp_path):
-    settings = runs.Settings(tasks=["anime"], methods=["res_attn"], prompts=2, output=str(tmp_path))
+    settings = runs.Settings(tasks=[str(ROOT / "assets/anime")], methods=["res_attn"], prompts=2, output=str(tmp_path))
     evaluation = runs.Evaluation(settings, precision="bf16")
     (task,) = evaluation.tasks
     alone, true = evaluation.encoded(task), evaluation.model.reconstruct(task.test)
