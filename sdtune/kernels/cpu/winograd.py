@@ -17,13 +17,15 @@ from .numba_threads import fp32, is_available, jit_entry, jit_inline, jit_thread
 
 MIN_TILES = 32  # with fewer, the transform of the weights costs more than it saves
 MIN_CHANNELS = 32  # with fewer, the transform of the input costs more than it saves
+MAX_COVERED = 1.25  # area of the tiles over that of the picture: beyond, it is as slow as PyTorch's
 _MAX_INPUT, _MAX_WEIGHTS = 2**23, 2**23  # elements of the transformed input and weights at a time
 
 
 def is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `convolution` is faster than PyTorch's, for contiguous x in fp32 on a CPU with frozen weights."""
-    whole = x.shape[2] % 4 == x.shape[3] % 4 == 0
-    return is_available() and whole and x[:, 0].numel() >= 16 * MIN_TILES and min(weight.shape[:2]) >= MIN_CHANNELS
+    (height, width), values = x.shape[2:], x[:, 0].numel()
+    covered = 16 * _tiles(height) * _tiles(width) <= MAX_COVERED * height * width
+    return is_available() and covered and values >= 16 * MIN_TILES and min(weight.shape[:2]) >= MIN_CHANNELS
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -32,7 +34,7 @@ def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Only the weights are saved for the gradient.
 
     Args:
-        x: (B, C, H, W) in fp32, H and W multiples of 4.
+        x: (B, C, H, W) in fp32.
         weight: (K, C, 3, 3).
         bias: (K,).
     """
@@ -51,6 +53,11 @@ class _Convolution(torch.autograd.Function):
         return _convolve(gradient.contiguous(), ctx.saved_tensors[0], None, backward=True), None, None
 
 
+def _tiles(side: int) -> int:
+    """How many tiles cover a side; the last may reach beyond it."""
+    return -(-side // 4)
+
+
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backward: bool) -> torch.Tensor:
     """The convolution; or its gradient, which is one with flipped weights and swapped channels."""
     batch, channels, height, width = x.shape
@@ -58,7 +65,8 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     count = weight.shape[1 if backward else 0]
     bias = torch.zeros(count) if bias is None else bias
     result = torch.empty(batch, count, height, width)
-    rows, across = batch * height // 4, width // 4  # of tiles, with all pictures stacked vertically
+    down, across = _tiles(height), _tiles(width)
+    rows = batch * down  # of tiles, with all pictures stacked vertically
     some_rows = max(1, _MAX_INPUT // (36 * channels * across))
     some = max(16, _MAX_WEIGHTS // (36 * channels))
     for row in range(0, rows, some_rows):
@@ -149,7 +157,7 @@ def _transform_weights(threads, *arguments):
 def _transform_input_part(part, parts, x, begin, end, v):
     """Fills v (36, C, tiles), the transform of the rows of tiles from begin to end of all pictures x (B, C, H, W)."""
     batch, channels, height, width = x.shape
-    down, across = height // 4, width // 4
+    down, across, whole = (height + 3) // 4, (width + 3) // 4, width // 4
     tiles, before = (end - begin) * across, across + 1  # before: the row above and one tile
     inside = np.ones((4, tiles), np.bool_)  # whether there is a tile above, below, to the left, to the right
     for i in range(tiles):
@@ -161,11 +169,13 @@ def _transform_input_part(part, parts, x, begin, end, v):
     for c in thread_range(part, parts, channels):
         for row in range(max(begin - 1, 0), min(end + 1, batch * down)):
             at = before + (row - begin) * across
-            for r in range(4):
+            for r in range(min(4, height - 4 * (row % down))):
                 line = x[row // down, c, 4 * (row % down) + r]
-                for j in range(across):
+                for j in range(whole):
                     for column in range(4):
                         apart[r, column, at + j] = line[4 * j + column]
+                for column in range(width - 4 * whole):  # what a tile has beyond the picture stays 0
+                    apart[r, column, at + whole] = line[4 * whole + column]
         for first in range(0, tiles, _LANES):
             lanes = min(_LANES, tiles - first)
             above, below = inside[0, first : first + lanes], inside[1, first : first + lanes]
@@ -199,7 +209,8 @@ def _transform_input(threads, *arguments):
 def _transform_output_part(part, parts, m, bias, begin, end, result):
     """Fills the rows of tiles from begin to end of the result (B, K, H, W), from the products m (36, K, tiles)."""
     _, count, tiles = m.shape
-    down, across = result.shape[2] // 4, result.shape[3] // 4
+    height, width = result.shape[2:]
+    down, across, whole = (height + 3) // 4, (width + 3) // 4, width // 4
     t, y = np.empty((4, 6, _LANES), np.float32), np.empty((4, 4, tiles), np.float32)
     for k in thread_range(part, parts, count):
         for first in range(0, tiles, _LANES):
@@ -217,11 +228,13 @@ def _transform_output_part(part, parts, m, bias, begin, end, result):
                     y0[i], y1[i], y2[i], y3[i] = s[0] + bias[k], s[1] + bias[k], s[2] + bias[k], s[3] + bias[k]
         for row in range(begin, end):
             at = (row - begin) * across
-            for r in range(4):
+            for r in range(min(4, height - 4 * (row % down))):
                 line = result[row // down, k, 4 * (row % down) + r]
                 y0, y1, y2, y3 = y[r, 0, at:], y[r, 1, at:], y[r, 2, at:], y[r, 3, at:]
-                for j in range(across):
+                for j in range(whole):
                     line[4 * j], line[4 * j + 1], line[4 * j + 2], line[4 * j + 3] = y0[j], y1[j], y2[j], y3[j]
+                for column in range(width - 4 * whole):
+                    line[4 * whole + column] = y[r, column, at + whole]
 
 
 @jit_entry
