@@ -80,7 +80,9 @@ class TrainConfig:
     keep_last: int | None = _option(None, "how many checkpoints are kept, the last ones; default: all")
     preview_every: int = _option(200, "steps between previews and held-out losses; 0: only at the end")
     stop_when: Literal["memorising"] | None = _option(
-        None, "memorising: stop when the loss on the held-out pictures rises, and keep the tuner from before that"
+        None,
+        "memorising: stop when the loss on the held-out pictures rises, and keep the tuner from before that; this loss "
+        "tells when pictures are learnt by heart, not when drawings look best: sdtune.evaluation.choose_step does",
     )
     preview_prompts: list[str] = _option([], "prompts to preview; default: the first held-out captions")
     preview_steps: int = _option(30, "sampling steps of a preview")
