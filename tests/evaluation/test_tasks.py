@@ -1,9 +1,12 @@
 """The tasks: what is held out, and what the script that prepares them writes."""
 
 import importlib.util
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import Image
 
@@ -22,11 +25,33 @@ def test_held_out_pairs_have_no_part_in_the_choice_of_the_rate(pairs, tmp_path):
     assert len(task.test) == 2 and not captions & {p.caption for p in task.test}
 
 
-def test_both_prepared_tasks_hold_out_the_same_concepts(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "assets/tiny-sd")
+def script_of_tasks():
     spec = importlib.util.spec_from_file_location("tasks", ROOT / "assets/tasks.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_anime_task_holds_out_characters_that_recombine_those_of_the_training(tmp_path, monkeypatch):
+    png = io.BytesIO()
+    Image.new("RGB", (512, 512), "pink").save(png, "PNG")
+    renderer = SimpleNamespace(svg_to_bytes=lambda **arguments: png.getvalue())
+    monkeypatch.setitem(sys.modules, "resvg_py", renderer)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "draw", None)  # so that the one imported below is forgotten afterwards
+    del sys.modules["draw"]
+    folder = script_of_tasks().write_anime(tmp_path, more=20)
+    train, test = (dataset.read_pairs(folder, AspectBuckets(256), split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (30, 32)
+    captions = [{p.caption for p in pairs} for pairs in (train, test)]
+    assert not captions[0] & captions[1] and len(captions[1]) == 32
+    known = set(re.findall("[a-z-]+", " ".join(captions[0])))
+    assert all(set(re.findall("[a-z-]+", caption)) <= known for caption in captions[1])
+
+
+def test_both_prepared_emoji_tasks_hold_out_the_same_concepts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "assets/tiny-sd")
+    script = script_of_tasks()
     Image.new("RGBA", (60, 40), "red").save(tmp_path / "drawing.png")
     styles = script.KNOWN + script.UNSEEN
 
