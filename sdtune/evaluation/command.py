@@ -6,11 +6,11 @@
     python -m sdtune.evaluation --methods ablation --tasks openmoji --output output/ablation
 
 Every method trains on the same pairs with the same data order, noise and steps, at matched parameter counts. Its
-learning rate is the one of --rates (a tenth of these for full fine-tuning) with the lowest denoising error on a
-quarter of the *training* pairs; then it trains on all of them with several seeds and draws held-out prompts, whose
-true pictures are known. Written into the output folder: table.md, table.csv, results.json, grid.png, curves.png. What
-is finished is kept there and skipped by the next start, and what was interrupted continues; processes and machines
-that share the folder share the work.
+learning rate is the one of --rates (a tenth of these for full fine-tuning) whose drawings of a quarter of the
+*training* pairs, left out for that, are most similar to the true pictures, place by place; then it trains on all of
+them with several seeds and draws held-out prompts, whose true pictures are known. Written into the output folder:
+table.md, table.csv, results.json, grid.png, curves.png. What is finished is kept there and skipped by the next start,
+and what was interrupted continues; processes and machines that share the folder share the work.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from PIL import Image
 from ..inference import grids
 from ..training import images
 from .results import Results
-from .runs import BASE, final_error
+from .runs import BASE
 from .tasks import Task
 
 COLOUR = "#2f6db3"
@@ -37,8 +37,8 @@ def draw_grid(results: Results) -> Image.Image:
 
 
 def plot_curves(results: Results, path: Path) -> None:
-    """Writes a plot with, per task, the validation error by learning rate, and by step at the chosen one; and the
-    difference of each method's held-out error to the reference method's."""
+    """Writes a plot with, per task, the similarity of validation drawings by learning rate, the validation error by
+    step at the chosen one, and the difference of each method's local similarity to the reference method's."""
     from matplotlib.figure import Figure  # no pyplot: no global state
 
     panels = 3 if len(results.settings.rates) > 1 else 1  # a single rate is taken without validation runs
@@ -48,15 +48,15 @@ def plot_curves(results: Results, path: Path) -> None:
         if validation:
             _plot_validation(results, task, *validation)
         first = results.first_row(rows)
-        others = [r for r in results.compared_rows(rows) if r.label != BASE and r.against(first, "error")]
-        for i, e in enumerate(r.against(first, "error") for r in others):
+        others = [r for r in results.compared_rows(rows) if r.label != BASE and r.against(first, "similarity")]
+        for i, e in enumerate(r.against(first, "similarity") for r in others):
             heldout.plot([e.low, e.high], [i, i], color=COLOUR)
             heldout.plot([e.value], [i], "o", color=COLOUR)
         heldout.axvline(0, color="#999999", linewidth=1)
         heldout.set_yticks(range(len(others)), [r.label for r in others])
         heldout.invert_yaxis()
         heldout.locator_params(axis="x", nbins=5)
-        heldout.set(xlabel="held-out error, 95 % interval", title=f"{task}: difference to {results.reference}")
+        heldout.set(xlabel="local similarity, 95 % interval", title=f"{task}: difference to {results.reference}")
         for axes in (*validation, heldout):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3)
@@ -66,11 +66,10 @@ def plot_curves(results: Results, path: Path) -> None:
 def _plot_validation(results: Results, task: str, by_rate, by_step) -> None:
     for i, (name, done) in enumerate(results.done[task].items()):
         style = {"color": f"C{i % 10}", "label": name, "linestyle": "-" if i < 10 else "--"}
-        errors = {float(rate): final_error(run) for rate, run in done["rates"].items()}
-        by_rate.plot(list(errors), list(errors.values()), "o", **style)
+        found = {float(rate): run["similarity"] for rate, run in done["rates"].items() if not run["failed"]}
+        by_rate.plot(list(found), list(found.values()), "o", **style)
         curve = done["rates"].get(f"{done['rate']:g}", {}).get("validation", {}) if done["rate"] else {}
         by_step.plot([int(s) for s in curve], [statistics.mean(e) for e in curve.values()], **style)
-    by_rate.set(xlabel="learning rate", ylabel="validation error at the end", title=task, xscale="log")
-    by_rate.set_ylim(top=min(by_rate.get_ylim()[1], by_step.get_ylim()[1]))  # errors above the base's are left out
+    by_rate.set(xlabel="learning rate", ylabel="local similarity on validation prompts", title=task, xscale="log")
     by_step.set(xlabel="step", ylabel="validation error", title="at the chosen rate")
     by_rate.legend(frameon=False, fontsize=8)

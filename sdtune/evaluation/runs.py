@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import statistics
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ from ..training.config import TrainConfig
 from ..training.errors import Stopped, TrainError
 from ..training.fit import fit
 from ..tuners.config import FULL, TunerConfig
-from . import features
+from . import features, metrics
 from .methods import GROUPS, TRAINING, EvaluationError, methods
 from .model import EvaluatedModel, default_device
 from .tasks import TASKS, UNRELATED_PROMPTS, Task, read_task, write_pairs
@@ -42,7 +41,7 @@ class Settings:
     methods: list[str] = field(default_factory=lambda: ["paper", "baselines"])
     seeds: int = 3
     steps: int = 200
-    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])
+    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2, 2.4e-2])
     prompts: int = 48
     batch_size: int = 8
     drawing_steps: int = 20
@@ -165,16 +164,16 @@ class Evaluation:
         return sorted(r / 10 if self.methods[name].kind == FULL else r for r in self.settings.rates)
 
     def choose_rate(self, task: Task, name: str) -> dict:
-        """Trains on three quarters of the training pairs at several rates, and measures on the rest.
+        """Trains on three quarters of the training pairs at several rates, and draws the prompts of the rest.
 
-        It starts with the two in the middle and continues where the error falls, until both neighbours of the best
-        have been tried, or the best is the first or last of all. If the error has a single minimum, that is found.
+        It starts with the two in the middle and continues where the similarity to the true pictures rises, until both
+        neighbours of the best have been tried, or the best is the first or last of all.
 
         Returns:
             `rate`, the best (None if the loss was not finite at any), and `rates`: the run of each that was tried. A
             single rate is taken without a run.
         """
-        rates, errors, runs = self.rates(name), {}, {}
+        rates, similarity, runs = self.rates(name), {}, {}
         if len(rates) == 1:
             return {"rate": rates[0], "rates": {}}
         middle = len(rates) // 2
@@ -182,12 +181,12 @@ class Evaluation:
         while wanted:
             for i in sorted(wanted):
                 runs[i] = self.train(task, name, self.methods[name], rates[i], None)
-                errors[i] = final_error(runs[i])
-            best = min(errors, key=errors.get)
-            wanted = {best - 1, best + 1} & set(range(len(rates))) - errors.keys()
-        found = ", ".join(f"{rates[i]:g}: {errors[i]:.4f}" for i in sorted(errors))
-        self._print(f"{task.name}, {name}: validation error by learning rate {found}")
-        rate = rates[best] if math.isfinite(errors[best]) else None
+                similarity[i] = -math.inf if runs[i]["failed"] else runs[i]["similarity"]
+            best = max(similarity, key=similarity.get)
+            wanted = {best - 1, best + 1} & set(range(len(rates))) - similarity.keys()
+        found = ", ".join(f"{rates[i]:g}: {similarity[i]:.4f}" for i in sorted(similarity))
+        self._print(f"{task.name}, {name}: local similarity on validation prompts by learning rate {found}")
+        rate = rates[best] if math.isfinite(similarity[best]) else None
         return {"rate": rate, "rates": {f"{rates[i]:g}": runs[i] for i in sorted(runs)}}
 
     def run_folder(self, task: Task, label: str, rate: float, seed: int | None) -> Path:
@@ -200,7 +199,7 @@ class Evaluation:
 
         Returns:
             `failed` (why, if its loss was not finite) and `file_bytes`; of a validation run `validation`: step ->
-            denoising error of each validation pair.
+            denoising error of each validation pair, and `similarity` as of `similarity_on_validation`.
         """
         folder, pairs = self.run_folder(task, label, rate, seed), task.train if seed is not None else task.train_part
         if (folder / "run.json").exists():
@@ -238,9 +237,20 @@ class Evaluation:
                 with self.model.with_tuner(checkpoint), self.model.autocast():
                     errors = self.model.denoising_errors(encoded, noises=2)
                 run["validation"][int(checkpoint.name[5:]) if checkpoint else 0] = errors.tolist()
+            run["similarity"] = self.similarity_on_validation(task, folder / tuner_file.FILE_NAME)
         tuner_file.write_text(folder / "run.json", json.dumps(run))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return read_json(folder / "run.json")
+
+    def similarity_on_validation(self, task: Task, file: Path) -> float:
+        """The mean local similarity of what a tuner draws of the validation prompts, twice, to their true pictures."""
+        with self.model.autocast():
+            true = features.local_features(self.model.reconstruct(task.validation), self.model.device)
+        prompts = [p.caption for p in task.validation]
+        with self.model.with_tuner(file) as adapters, self.model.autocast():
+            drawn = self.model.draw(2 * prompts, 0, adapters)
+        found = metrics.local_similarity(features.local_features(drawn, self.model.device), true.repeat(2, 1, 1, 1))
+        return found.of(torch.ones(1, found.size)).item()
 
     def encoded(self, task: Task) -> encoding.Encoded:
         """The held-out pairs of a task, encoded once, in the precision that pictures are drawn in."""
@@ -288,12 +298,6 @@ class Evaluation:
         part = folder / ".measured.part"
         save_file(found, part)
         part.replace(folder / "measured.safetensors")
-
-
-def final_error(run: dict) -> float:
-    """The mean validation error at the end of a validation run."""
-    curve = run.get("validation")
-    return math.inf if run["failed"] or not curve else statistics.mean(curve[max(curve, key=int)])
 
 
 def read_json(path: Path) -> dict:

@@ -1,6 +1,5 @@
 """The runs: how a learning rate is chosen, and what does not depend on the order of measurements."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -11,29 +10,24 @@ from sdtune.evaluation import runs
 from sdtune.evaluation.tasks import ROOT, Task
 
 
-def test_a_run_whose_loss_is_not_finite_has_an_infinite_error():
-    assert runs.final_error({"failed": None, "validation": {"0": [0.3], "10": [0.2]}}) == pytest.approx(0.2)
-    assert runs.final_error({"failed": "the loss is not finite"}) == math.inf
-
-
 @pytest.mark.parametrize(
-    ("errors", "chosen", "tried"),
+    ("similarity", "chosen", "tried"),
     [
-        ([4, 3, 2, 3], 1e-2, [3e-3, 1e-2, 3e-2]),
-        ([4, 1, 2, 3], 3e-3, [1e-3, 3e-3, 1e-2]),
-        ([4, 3, 2, 1], 3e-2, [3e-3, 1e-2, 3e-2]),
-        ([2, 3, math.inf, math.inf], 1e-3, [1e-3, 3e-3, 1e-2]),
-        ([math.inf] * 4, None, [1e-3, 3e-3, 1e-2]),
+        ([0.1, 0.2, 0.3, 0.2], 1e-2, [3e-3, 1e-2, 3e-2]),
+        ([0.1, 0.4, 0.3, 0.2], 3e-3, [1e-3, 3e-3, 1e-2]),
+        ([0.1, 0.2, 0.3, 0.4], 3e-2, [3e-3, 1e-2, 3e-2]),
+        ([0.3, 0.2, None, None], 1e-3, [1e-3, 3e-3, 1e-2]),
+        ([None] * 4, None, [1e-3, 3e-3, 1e-2]),
     ],
 )
-def test_rates_are_tried_where_the_validation_error_falls(errors, chosen, tried, monkeypatch):
+def test_rates_are_tried_where_validation_drawings_become_more_similar(similarity, chosen, tried, monkeypatch):
     evaluation = object.__new__(runs.Evaluation)
     evaluation.settings, evaluation.world = runs.Settings(rates=[3e-2, 1e-2, 3e-3, 1e-3]), 1
-    of_rate = dict(zip([1e-3, 3e-3, 1e-2, 3e-2], errors))
+    of_rate = dict(zip([1e-3, 3e-3, 1e-2, 3e-2], similarity))
 
     def train(_self, task, name, config, rate, seed):
-        error = of_rate[round(rate * scale, 9)]
-        return {"failed": "nan"} if error == math.inf else {"failed": None, "validation": {"0": [9.0], "8": [error]}}
+        found = of_rate[round(rate * scale, 9)]
+        return {"failed": None if found else "the loss is not finite", "similarity": found}
 
     monkeypatch.setattr(runs.Evaluation, "train", train)
     evaluation.methods = {"res_attn": sdtune.TunerConfig(), "full": sdtune.TunerConfig(kind="full")}
