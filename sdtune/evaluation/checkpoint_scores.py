@@ -33,12 +33,11 @@ CRITERIA = ("similarity", "rank")  # of both, more is better
 
 @dataclass
 class Scored:
-    """A step of a run: what it drew of each held-out prompt, its scores, and its loss on each held-out picture."""
+    """A step of a run: what it drew of each held-out prompt, and its scores."""
 
     step: int
     pictures: list[Image.Image]
     scores: dict[str, Statistic]
-    losses: list[float]
 
 
 @dataclass(frozen=True)
@@ -134,15 +133,14 @@ def score_steps(
 
         title = "" if on_progress else f"step {step}"
         drawn = compare.draw_cells(pipe, cells, steps=drawing_steps, title=title, on_step=on_step)
-        losses = denoising_errors(pipe.unet, scheduler, encoded)
         own = features.features(drawn, device)
         scores = {
             "similarity": metrics.local_similarity(features.local_features(drawn, device), local),
             "rank": metrics.fidelity(own, of_true)[1],
-            "error": intervals.mean(losses),
+            "error": intervals.mean(denoising_errors(pipe.unet, scheduler, encoded)),
             "novelty": metrics.novelty(own, of_true, of_train),
         }
-        return Scored(step, drawn, scores, losses.tolist())
+        return Scored(step, drawn, scores)
 
     scored: list[Scored] = []
     scored.append(score(0, {}))

@@ -8,7 +8,7 @@ from ..tuners.config import TunerConfig
 GROUPS = {
     "paper": ["res_attn", "res_adapter", "res_prefix", "res_prompt"],
     "baselines": ["lora", "lora_ff", "lora_conv", "dora", "full"],
-    "forms": ["res_attn", "values", "convolutions", "res_attn_conv", "lora_conv"],
+    "forms": ["res_attn", "res_attn_values", "low_rank_conv", "res_attn_conv", "lora_conv"],
     "dual": ["res_attn", "dual", "dual_swapped"],
     "training": ["res_attn", "no_dropout", "preserve", "prodigy", "ema"],
     "ablation": ["res_attn", "2x4", "8x4", "8x8", "mha", "ffn", "block"],
@@ -41,9 +41,9 @@ def methods(unet) -> dict[str, TunerConfig]:
     return {
         "res_attn": TunerConfig(),
         "res_attn_text": matched("rank", kind="res_attn_text"),
-        "res_attn_conv": matched("rank", kind="res_attn_conv", ops=[*attention, "ff", "conv"]),
-        "values": TunerConfig(kind="res_attn_conv", ops=[*attention, "ff"]),
-        "convolutions": matched("rank", kind="res_attn_conv", ops=["conv"]),
+        "res_attn_conv": matched("rank", kind="res_attn_conv"),
+        "res_attn_values": TunerConfig(kind="res_attn_conv", ops=[*attention, "ff"]),
+        "low_rank_conv": matched("rank", kind="res_attn_conv", ops=["conv"]),
         "res_adapter": matched("length", kind="res_adapter"),
         "res_prefix": matched("length", kind="res_prefix"),
         "res_prompt": matched("length", kind="res_prompt"),

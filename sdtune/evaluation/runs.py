@@ -96,6 +96,7 @@ class Evaluation:
         now = {"base": f"{self.settings.base} {weights.hexdigest()[:12]}"}
         now |= {k: getattr(self.settings, k) for k in ("steps", "batch_size", "prompts", "drawing_steps")}
         now["mixed precision"] = self.precision or "no"
+        now["measures"] = ", ".join(column.key for column in metrics.COLUMNS)
         for task in self.tasks:
             pairs = hashlib.sha256()
             for pair in task.train + task.test:
@@ -103,7 +104,9 @@ class Evaluation:
             now[f"task {task.name}"] = pairs.hexdigest()[:12]
         now |= {f"method {name}": asdict(c) | TRAINING.get(name, {}) for name, c in self.methods.items()}
         path = self.output / "settings.json"
-        then = json.loads(path.read_text()) if path.exists() else {}
+        then = read_json(path)
+        if then:
+            then = {"measures": "those of an earlier version"} | then
         changed = [f"{k} was {then[k]} and is {now[k]}" for k in now if k in then and then[k] != now[k]]
         if changed:
             raise EvaluationError(

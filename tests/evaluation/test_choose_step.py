@@ -13,7 +13,7 @@ def scored(step, similarity, rank, novelty=1.2):
     """A step with these values for each of 8 prompts, up to small differences that are the same for all steps."""
     noise = 1e-3 * torch.randn(8, generator=torch.Generator().manual_seed(step))
     scores = {"similarity": mean(similarity + noise), "rank": mean(rank + noise), "novelty": mean(novelty + noise)}
-    return checkpoint_scores.Scored(step, [], scores, [0.1] * 8)
+    return checkpoint_scores.Scored(step, [], scores)
 
 
 def test_the_earliest_step_that_is_not_worse_beyond_doubt_is_recommended_with_the_reason():

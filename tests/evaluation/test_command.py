@@ -76,6 +76,11 @@ def test_the_command_is_stopped_twice_continues_and_writes_tables_grid_and_curve
     capsys.readouterr()
     assert main([*arguments, "--steps", "3"]) == 1
     assert "steps was 2 and is 3" in capsys.readouterr().err
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["measures"]  # as before the local similarity was measured
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert main(arguments) == 1
+    assert "measures was those of an earlier version" in capsys.readouterr().err
 
 
 def test_missing_packages_are_reported_with_the_command_that_installs_them(monkeypatch, capsys, pairs):

@@ -23,9 +23,10 @@ _MAX_INPUT, _MAX_WEIGHTS = 2**23, 2**23  # elements of the transformed input and
 
 def is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `convolution` is faster than PyTorch's, for contiguous x in fp32 on a CPU with frozen weights."""
-    (height, width), values = x.shape[2:], x[:, 0].numel()
-    covered = 16 * _tiles(height) * _tiles(width) <= MAX_COVERED * height * width
-    return is_available() and covered and values >= 16 * MIN_TILES and min(weight.shape[:2]) >= MIN_CHANNELS
+    batch, _, height, width = x.shape
+    if 16 * _tiles(height) * _tiles(width) > MAX_COVERED * height * width or batch * height * width < 16 * MIN_TILES:
+        return False
+    return is_available() and min(weight.shape[:2]) >= MIN_CHANNELS
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
