@@ -69,6 +69,7 @@ class Job:
     sampling_steps: int
     default_previews: bool = False  # whether our trainer's previews are its default ones, or as short as possible
     checkpointing: bool = False
+    varied: bool = False  # training on each picture's own shape, with shuffled tags and tag dropout
     tuner: dict | None = None  # a `TunerConfig` in place of the candidate's own
 
     @property
@@ -81,12 +82,13 @@ class Job:
 
     def configs(self) -> tuple[TrainConfig, TunerConfig]:
         """What a user would give our trainer; all else is its default."""
+        varied = dict(shuffle_tags=True, tag_dropout=0.2) if self.varied else dict(square=True)
         short = dict(preview_steps=1, preview_prompts=[PROMPT], preview_every=0)
         config = TrainConfig(
             base=self.base, data=self.data, output=str(Path(self.work_folder) / "run" / self.name),
-            batch_size=self.batch, resolution=self.resolution, square=True, mixed_precision=self.precision,
+            batch_size=self.batch, resolution=self.resolution, mixed_precision=self.precision,
             gradient_checkpointing=self.checkpointing, steps=self.repetitions if self.part == "finish" else 1000,
-            **({} if self.default_previews else short),
+            **varied, **({} if self.default_previews else short),
         )  # fmt: skip
         tuners = {
             LORA: dict(kind="lora", rank=4, ops=["attn1", "attn2"]),

@@ -81,6 +81,57 @@ def measure_kernels(job: Job, options: argparse.Namespace) -> Iterator[dict]:
             raise KeyboardInterrupt
 
 
+def measure_shapes(job: Job, options: argparse.Namespace) -> Iterator[dict]:
+    """Seconds per step of our training on square pictures, and on the same in three shapes with captions that vary.
+
+    A turn is three times through all pictures, so that every shape has its share; the ratio is that of a pixel's time.
+    """
+    for batch in options.batch:
+        square = replace(job, part="train", name=RES_ATTN, batch=batch, data=_repeat_pairs(job, 3 * batch))
+        own_folder = tempfile.mkdtemp(dir=job.work_folder)
+        varied = replace(square, data=_crop_to_shapes(square), varied=True, work_folder=own_folder)
+        areas = [math.prod(shape) for shape in _shapes(varied)]
+        pixels = {"one shape": job.resolution**2, "three shapes": sum(areas) / len(areas)}
+        try:
+            with ExitStack() as stack:
+                processes = [stack.enter_context(CandidateProcess(one)) for one in (square, varied)]
+                for process in processes:
+                    process.wait_until_ready()
+                turns = {name: lambda _, p=process: p.turn(9) for name, process in zip(pixels, processes)}
+                found, stopped = alternate(turns, options.rounds)
+        except RuntimeError as error:
+            log(f"  failed: {error}")
+            yield {"batch": batch, "pictures": "all", "error": str(error)}
+            continue
+        per_pixel = {name: np.array(spent) / pixels[name] for name, spent in found.items()}
+        for name, spent in found.items():
+            ratios = per_pixel[name] / per_pixel["one shape"]
+            row = {"batch": batch, "pictures": name, **_median_and_quartiles("s/step", spent)}
+            row["x one shape, per pixel"] = float(np.median(ratios))
+            yield row | {"rounds": f"{ratios.min():.3f} to {ratios.max():.3f}", "name": name, "seconds": spent}
+        if stopped:
+            raise KeyboardInterrupt
+
+
+def _shapes(job: Job) -> list[tuple[int, int]]:
+    """The shape in which each picture is trained on."""
+    buckets = AspectBuckets(job.resolution)
+    return [buckets.shape_for(pair.size) for pair in dataset.read_splits(job.data, buckets, lambda line: None)[0]]
+
+
+def _crop_to_shapes(job: Job) -> str:
+    """A copy of a folder of square pictures: a third of them as they are, a third upright, a third lying, 2 : 3."""
+    pairs, _ = dataset.read_splits(job.data, AspectBuckets(job.resolution, square=True), lambda line: None)
+    folder = Path(tempfile.mkdtemp(dir=job.work_folder))
+    for i, pair in enumerate(pairs):
+        image = pair.open()
+        side, cut = image.width, image.width // 6
+        boxes = (0, 0, side, side), (cut, 0, side - cut, side), (0, cut, side, side - cut)
+        image.crop(boxes[i % 3]).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(pair.caption, encoding="utf-8")
+    return str(folder)
+
+
 def _median_and_quartiles(column: str, seconds) -> dict:
     low, median, high = np.percentile(seconds, (25, 50, 75)).tolist()
     return {column: median, "middle half": f"{low:.3g} to {high:.3g}"}
@@ -167,6 +218,7 @@ PARTS = {
     "memory": (measure_memory, "start-up and time per image (s), peak memory (MB): each candidate alone"),
     "imports": (measure_imports, "`import sdtune` and `train_anime.py --help`, beyond importing torch"),
     "kernels": (measure_kernels, "our training step without each of the CPU kernels, by turns"),
+    "shapes": (measure_shapes, "our training step on three shapes with varied captions, per pixel, and on one shape"),
     "scale": (measure_scale, "how our training grows with batch, resolution, images and processes (long)"),
     "finish": (measure_finish, "a run of 300 steps on all images, with encoding, previews and saving (long)"),
 }

@@ -71,7 +71,7 @@ def encode_pairs(
     pipe.text_encoder.to(device)
     models = (pipe.vae, pipe.tokenizer, pipe.text_encoder, buckets)
     more = (config.mask_weight, config.clip_skip, config.max_tokens)
-    plain = [caption_variants.first_text(p, "") for p in pairs] if config.preserve and config.trigger_words else None
+    plain = [caption_variants.first_text(p, "") for p in pairs] if config.trigger_words else None
     encoded = encoding.encode(pairs, *models, config.flip, texts, *more, plain).to(device, dtype)
     encoded_heldout = None
     if heldout:

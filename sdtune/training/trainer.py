@@ -420,12 +420,10 @@ class Trainer:
             weights = self.weights.vector.data
             weights.copy_(weights.half())  # the file is fp16; the preview is drawn with exactly its weights
         tuned = self._draw_preview(preview)
-        if self.config.preserve:
+        if self.config.preserve or self.config.trigger_words:
             with self._evaluation_mode():
                 change = preservation.measure_change(self.unet, self.scheduler, self.encoded)
-            self._print(
-                f"without the trigger words the prediction differs from the base's by {change:.2%} of its error"
-            )
+            self._print(preservation.describe_change(change, self.config.preserve))
         if self.is_main:
             self._save_tuner(path, thumbnail=grids.thumbnail(tuned[0]))
             peft_files.save_peft_files(self.output, tuner_file.load(path))

@@ -39,6 +39,15 @@ def test_the_part_kernels_compares_the_step_with_and_without_each_kernel(tmp_pat
     assert all(f"| 1 | {setting} |" in printed for setting in rows)
 
 
+def test_the_part_shapes_compares_a_pixel_of_several_shapes_with_one_of_a_single_shape(tmp_path, capsys):
+    file = tmp_path / "shapes.json"
+    assert main(["shapes", "--quick", "--json", str(file)]) == 0
+    one, three = json.loads(file.read_text())["shapes"]
+    assert (one["pictures"], three["pictures"]) == ("one shape", "three shapes")
+    assert one["x one shape, per pixel"] == 1 and three["x one shape, per pixel"] > 0
+    assert "x one shape, per pixel" in capsys.readouterr().out
+
+
 def test_the_part_kernels_refuses_to_compare_kernels_that_are_switched_off(monkeypatch, capsys):
     monkeypatch.setenv("SDTUNE_KERNELS", "off")
     with pytest.raises(SystemExit):
