@@ -1,7 +1,8 @@
 """LoRA and its relatives, through PEFT, on the layers of the same operations; the functions are those of `inject`.
 
-Their files are read by diffusers (`pipe.load_lora_weights`) and carry our metadata. OFT (arXiv 2306.07280), LoKr
-(arXiv 2309.14859) and IA3 (arXiv 2205.05638) are for vision models only, as rows of comparisons.
+Their files are read by diffusers (`pipe.load_lora_weights`) and carry our metadata. As rows of comparisons there are
+LoKr (arXiv 2309.14859), and for vision models OFT (arXiv 2306.07280) and IA3 (arXiv 2205.05638): PEFT's OFT cannot be
+used in a UNet, since its convolutions leave out the padding and diffusers finds no scale on its layers.
 """
 
 import re
@@ -26,7 +27,7 @@ def _peft_config(model, config: TunerConfig) -> PeftConfig:
             r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=layers,
             use_dora=config.kind == "dora",
         )  # fmt: skip
-    if not is_vision_model(model):
+    if config.kind != "lokr" and not is_vision_model(model):
         raise ValueError(f"{config.kind} is for vision transformers only; found {type(model).__name__}")
     if config.kind == "oft":
         return OFTConfig(r=0, oft_block_size=2 * config.rank, target_modules=layers)  # a block must divide the width
@@ -45,7 +46,7 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
 
     The keys of `tensors` are those of `adapter_parameters`.
     """
-    if tensors is not None and not is_vision_model(unet):
+    if tensors is not None and config.kind in LORAS and not is_vision_model(unet):
         unet.load_lora_adapter({f"unet.{k}": t for k, t in tensors.items()}, prefix="unet", adapter_name=name)
     else:
         unet.add_adapter(_peft_config(unet, config), adapter_name=name)
@@ -68,7 +69,8 @@ def expected_shapes(unet, config: TunerConfig, classes: int | None = None) -> di
     if config.kind not in LORAS:
         peft_config = _peft_config(unet, config)
         with torch.device("meta"):
-            twin = type(unet)(unet.config)  # PEFT knows the shapes of its methods only once they are added
+            # PEFT knows the shapes of its methods only once they are added
+            twin = type(unet)(unet.config) if is_vision_model(unet) else type(unet).from_config(unet.config)
             twin.add_adapter(peft_config, adapter_name="twin")
         return {k: tuple(p.shape) for k, p in adapter_parameters(twin, "twin").items()} | shapes
     ends = tuple(f".{name}" for name in lora_layer_names(unet, config))

@@ -84,7 +84,7 @@ def measure_kernels(job: Job, options: argparse.Namespace) -> Iterator[dict]:
 def measure_shapes(job: Job, options: argparse.Namespace) -> Iterator[dict]:
     """Seconds per step of our training on square pictures, and on the same in three shapes with captions that vary.
 
-    A turn is three times through all pictures, so that every shape has its share; the ratio is that of a pixel's time.
+    A turn has a step for each picture, in which every shape has its share exactly; the ratio is that of a pixel's time.
     """
     for batch in options.batch:
         square = replace(job, part="train", name=RES_ATTN, batch=batch, data=_repeat_pairs(job, 3 * batch))
@@ -97,7 +97,10 @@ def measure_shapes(job: Job, options: argparse.Namespace) -> Iterator[dict]:
                 processes = [stack.enter_context(CandidateProcess(one)) for one in (square, varied)]
                 for process in processes:
                     process.wait_until_ready()
-                turns = {name: lambda _, p=process: p.turn(9) for name, process in zip(pixels, processes)}
+                turns = {
+                    name: lambda _, p=process, steps=3 * batch: p.turn(steps)
+                    for name, process in zip(pixels, processes)
+                }
                 found, stopped = alternate(turns, options.rounds)
         except RuntimeError as error:
             log(f"  failed: {error}")

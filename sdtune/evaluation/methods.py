@@ -8,7 +8,9 @@ from ..tuners.config import TunerConfig
 GROUPS = {
     "paper": ["res_attn", "res_adapter", "res_prefix", "res_prompt"],
     "baselines": ["lora", "lora_ff", "lora_conv", "dora", "full"],
-    "forms": ["res_attn", "res_attn_values", "low_rank_conv", "res_attn_conv", "lora_conv"],
+    "forms": ["res_attn", "res_attn_values", "low_rank_conv", "res_attn_conv", "lora_conv", "dora_conv"],
+    "half": ["2x4", "res_attn_conv_half", "lora_conv_half", "lokr_conv"],
+    "fourfold": ["8x8", "res_attn_conv_fourfold", "lora_conv_fourfold"],
     "dual": ["res_attn", "dual", "dual_swapped"],
     "training": ["res_attn", "no_dropout", "preserve", "prodigy", "ema"],
     "ablation": ["res_attn", "2x4", "8x4", "8x8", "mha", "ffn", "block"],
@@ -34,10 +36,14 @@ def methods(unet) -> dict[str, TunerConfig]:
 
     All have about the parameter count of Res-Attn with rank 4 and 4 heads on attn1, attn2 and ff, as nearly as a whole
     rank or length allows; but full fine-tuning trains all parameters, and in the ablation rank x heads, or the
-    operations, are as the name says.
+    operations, are as the name says; those of the groups half and fourfold have about as many as 2x4 and 8x8. LoKr's
+    parameters do not grow evenly with its rank, so it has a fixed rank: half of Res-Attn's size on the small base.
     """
     matched = partial(match_parameters, unet)
+    half = partial(matched, "rank", target=TunerConfig(rank=2))
+    fourfold = partial(matched, "rank", target=TunerConfig(rank=8, num_heads=8))
     attention = ["attn1", "attn2"]
+    with_conv = [*attention, "ff", "conv"]
     return {
         "res_attn": TunerConfig(),
         "res_attn_text": matched("rank", kind="res_attn_text"),
@@ -51,8 +57,14 @@ def methods(unet) -> dict[str, TunerConfig]:
         "dual_swapped": matched("length", kind="res_adapter", ffn_kind="res_attn"),
         "lora": matched("rank", kind="lora", ops=attention),
         "lora_ff": matched("rank", kind="lora"),
-        "lora_conv": matched("rank", kind="lora", ops=[*attention, "ff", "conv"]),
+        "lora_conv": matched("rank", kind="lora", ops=with_conv),
         "dora": matched("rank", kind="dora", ops=attention),
+        "dora_conv": matched("rank", kind="dora", ops=with_conv),
+        "lokr_conv": TunerConfig(kind="lokr", rank=8, ops=with_conv),
+        "res_attn_conv_half": half(kind="res_attn_conv"),
+        "res_attn_conv_fourfold": fourfold(kind="res_attn_conv"),
+        "lora_conv_half": half(kind="lora", ops=with_conv),
+        "lora_conv_fourfold": fourfold(kind="lora", ops=with_conv),
         "full": TunerConfig(kind="full"),
         **{name: TunerConfig() for name in TRAINING},
         "2x4": TunerConfig(rank=2),

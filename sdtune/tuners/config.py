@@ -36,7 +36,7 @@ ALL_KINDS = (*KINDS, *BASELINES, *VISION_KINDS)
 WITHOUT_OPS = (FULL, LINEAR, SSF, NOAH, "vpt", "bypass")  # what they are added to is given
 TUNER_OPS = ("attn1", "attn2", "ff", "block")  # what a tuner can be added to
 OPS = (*TUNER_OPS, "conv")
-CONV_KINDS = (*LORAS, "res_attn_conv")  # the kinds that can be on conv
+CONV_KINDS = (*LORAS, "res_attn_conv", "lokr")  # the kinds that can be on conv
 DEFAULT_OPS = ["attn1", "attn2", "ff"]
 
 

@@ -54,6 +54,24 @@ def test_a_file_of_ours_gives_the_same_picture_through_diffusers_own_loader_and_
     assert torch.allclose(picture(plain), expected, atol=1e-5) and torch.allclose(picture(ours), expected, atol=1e-5)
 
 
+def test_lokr_a_row_of_the_evaluation_starts_at_zero_and_its_file_draws_the_same_in_another_pipeline(base, tmp_path):
+    pipe = copy.deepcopy(base)
+    config = sdtune.TunerConfig(kind="lokr", rank=2, ops=OPS["with convolutions"])
+    sdtune.add_tuner(pipe, config, "mine")
+    assert torch.equal(picture(pipe), picture(base))
+    for key, p in api.tuner_parameters(pipe, "mine").items():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(key)))
+    expected = picture(pipe)
+    path = sdtune.save_tuner(pipe, tmp_path / "mine.safetensors", "mine", dtype=torch.float32)
+    shapes = {k: tuple(t.shape) for k, t in tuner_file.load(path).tensors.items()}
+    assert shapes == lora.expected_shapes(base.unet, config)
+    other = copy.deepcopy(base)
+    sdtune.load_tuner(other, path, "theirs")
+    assert torch.allclose(picture(other), expected, atol=1e-5) and not torch.equal(expected, picture(base))
+    sdtune.unload_tuner(other, "theirs")
+    assert torch.equal(picture(other), picture(base))
+
+
 def test_it_switches_mixes_with_a_tuner_and_goes_without_a_trace(pipe, files):
     before, keys = picture(pipe), set(pipe.unet.state_dict())
     trained(pipe, sdtune.TunerConfig(kind="lora"))
