@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ..tuners.config import LORAS
+from ..tuners.config import KINDS, LORAS
 from . import tuner_file
 
 
@@ -32,9 +32,11 @@ def export_to_kohya(source: str | Path, target: str | Path | None = None) -> Pat
     source = tuner_file.find(source)
     file = tuner_file.load(source)
     if file.config.kind not in LORAS:
+        way = "use sdtune's node for ComfyUI or its extension for Forge, in sdtune/integrations"
+        if file.config.kind not in KINDS:
+            way = "only diffusers can load it, with sdtune.load_tuner"
         raise tuner_file.TunerFileError(
-            f"{source} holds a {file.config.kind}, for which kohya's format has no keys; use sdtune's node for ComfyUI "
-            "or its extension for Forge, in sdtune/integrations"
+            f"{source} holds a {file.config.kind}, which sdtune does not write in kohya's format; {way}"
         )
     tuner_file.check_family(file, {}, source)
     magnitude = ".lora_magnitude_vector"
