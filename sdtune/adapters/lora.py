@@ -1,8 +1,8 @@
 """LoRA and its relatives, through PEFT, on the layers of the same operations; the functions are those of `inject`.
 
 Their files are read by diffusers (`pipe.load_lora_weights`) and carry our metadata. As rows of comparisons there are
-LoKr (arXiv 2309.14859), and for vision models OFT (arXiv 2306.07280) and IA3 (arXiv 2205.05638): PEFT's OFT cannot be
-used in a UNet, since its convolutions leave out the padding and diffusers finds no scale on its layers.
+LoKr (arXiv 2309.14859), and for vision models OFT (arXiv 2306.07280) and IA3 (arXiv 2205.05638). OFT by PEFT 0.21
+cannot be used in a UNet: `set_scale` fails, and before a 3x3 convolution it adds up patches where they overlap.
 """
 
 import re
