@@ -293,7 +293,7 @@ def test_only_kinds_with_a_form_for_convolutions_can_be_on_conv():
     assert sdtune.TunerConfig("res_attn_conv").ops == ["attn1", "attn2", "ff", "conv"]
     assert sdtune.TunerConfig("res_attn_conv", ops=["ff"]).ops == ["ff"]
     for kind in ("res_attn", "res_adapter"):
-        with pytest.raises(ValueError, match="only lora, dora, res_attn_conv can be on conv"):
+        with pytest.raises(ValueError, match="only lora, dora, res_attn_conv, lokr can be on conv"):
             sdtune.TunerConfig(kind, ops=["conv"])
 
 
