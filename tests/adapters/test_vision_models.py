@@ -194,7 +194,7 @@ def test_adapter_ssf_and_bypass_start_as_the_base_on_a_unet_too(pipe, kind):
         assert not torch.equal(pipe.unet(x, 500, text).sample, before)
 
 
-@pytest.mark.parametrize("kind", ["linear", "noah", "oft", "lokr", "ia3"])
+@pytest.mark.parametrize("kind", ["linear", "noah", "oft", "ia3"])
 def test_what_is_for_vision_models_alone_is_refused_on_a_unet(base, kind):
     with pytest.raises(ValueError, match=f"{kind} is for vision transformers"):
         sdtune.add_tuner(base.unet, sdtune.TunerConfig(kind=kind))
