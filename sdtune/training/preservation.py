@@ -1,12 +1,15 @@
 """Keeps the base as it is where the trigger words are missing: its own prediction is the target there."""
 
+from itertools import product
+
 import torch
+from tqdm.auto import tqdm
 
 from ..adapters import active_adapters
 from .encoding import Encoded
 from .loss import training_loss
 
-MEASURED_IMAGES = 8  # of each shape; a UNet of Stable Diffusion takes seconds for them on a GPU
+MEASURED_IMAGES = 8  # of all shapes together, at least one of each: seconds on a GPU
 
 
 def preservation_loss(unet, scheduler, latents, noise, timesteps, states) -> torch.Tensor:
@@ -27,21 +30,20 @@ def preservation_loss(unet, scheduler, latents, noise, timesteps, states) -> tor
 def measure_change(unet, scheduler, encoded: Encoded) -> float:
     """How much the tuner changes the prediction where it should not, as a share of the base's own error.
 
-    It is the mean over the first `MEASURED_IMAGES` of each bucket, not mirrored, over 4 fixed timesteps, and over the
-    texts without trigger words: the empty one and, where there are trigger words, the captions without them.
+    It is the mean over about `MEASURED_IMAGES`, the first of each bucket, not mirrored, over 4 fixed timesteps, and
+    over the texts without trigger words: the empty one and, where there are trigger words, the captions without them.
     """
     change, error, texts = 0.0, 0.0, [encoded.empty] + ([] if encoded.plain is None else [encoded.plain])
-    for bucket in encoded.buckets:
-        images = bucket.images[:MEASURED_IMAGES]
-        latents = bucket.mean[: len(images), 0]
+    most = max(1, MEASURED_IMAGES // len(encoded.buckets))
+    every = list(product(encoded.buckets, range(125, 1000, 250), texts))
+    for bucket, t, text in tqdm(every, desc="measuring what is forgotten", leave=False):
+        images, latents = bucket.images[:most], bucket.mean[:most, 0]
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
-        for t in range(125, 1000, 250):
-            timesteps = torch.full((len(latents),), t, device=latents.device)
-            for text in texts:
-                states = text.expand(len(latents), -1, -1) if text is encoded.empty else text[images]
-                change += preservation_loss(unet, scheduler, latents, noise, timesteps, states).sum().item()
-                with active_adapters.adapters_disabled(unet):
-                    error += training_loss(unet, scheduler, latents, noise, timesteps, states).sum().item()
+        timesteps = torch.full((len(latents),), t, device=latents.device)
+        states = text.expand(len(latents), -1, -1) if text is encoded.empty else text[images]
+        change += preservation_loss(unet, scheduler, latents, noise, timesteps, states).sum().item()
+        with active_adapters.adapters_disabled(unet):
+            error += training_loss(unet, scheduler, latents, noise, timesteps, states).sum().item()
     return change / error
 
 
