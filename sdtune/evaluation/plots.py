@@ -64,12 +64,16 @@ def plot_curves(results: Results, path: Path) -> None:
 
 
 def _plot_validation(results: Results, task: str, by_rate, by_step) -> None:
+    rates = set()
     for i, (name, done) in enumerate(results.done[task].items()):
         style = {"color": f"C{i % 10}", "label": name, "linestyle": "-" if i < 10 else "--"}
         found = {float(rate): run["similarity"] for rate, run in done["rates"].items() if not run["failed"]}
+        rates |= found.keys()
         by_rate.plot(list(found), list(found.values()), "o", **style)
         curve = done["rates"].get(f"{done['rate']:g}", {}).get("validation", {}) if done["rate"] else {}
         by_step.plot([int(s) for s in curve], [statistics.mean(e) for e in curve.values()], **style)
     by_rate.set(xlabel="learning rate", ylabel="local similarity on validation prompts", title=task, xscale="log")
+    by_rate.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])  # each rate that was tried, and no other
+    by_rate.set_xticks([], minor=True)
     by_step.set(xlabel="step", ylabel="validation error", title="at the chosen rate")
     by_rate.legend(frameon=False, fontsize=8)
