@@ -13,7 +13,17 @@ from torch import nn
 
 from ..tuners.base import Tuner, Widths
 from ..tuners.bypass import MapBypass
-from ..tuners.config import FULL, LINEAR, SSF, TunerConfig, build_tuner, default_ops
+from ..tuners.config import (
+    FULL,
+    LINEAR,
+    LINEAR_LAYERS,
+    RES_ATTN_LAYER,
+    SSF,
+    TunerConfig,
+    build_tuner,
+    default_ops,
+    kind_on,
+)
 from ..tuners.full import FullTuning
 from ..tuners.head import Head
 from ..tuners.res_attn_conv import LowRankConvolution
@@ -43,7 +53,7 @@ class Operation:
     Attributes:
         name: one of `tuners.TUNER_OPS`; "layer" for methods that change single layers; "bypass" for the last block,
             whose result a bypass replaces; "head" for a classification head.
-        module: the frozen operation itself.
+        module: the frozen operation itself, or that of its linear layers which a `ResAttnLayer` is beside.
         block: the transformer block that contains it, or that it is; None for a single layer.
         blocks: all blocks of the model, for a bypass alone; of a UNet the upward blocks.
         channels: for a bypass of a UNet: of the first block's input and of all blocks' results.
@@ -67,7 +77,7 @@ class Operation:
             return LowRankConvolution(self.module, config.rank, config.proj_drop)
         if self.channels:
             return MapBypass(self.channels, config.length)
-        return build_tuner(config, self.name, self.widths)
+        return build_tuner(config, self.name, self.widths, self.module)
 
     @property
     def attention(self) -> nn.Module | FrozenAttention | None:
@@ -177,11 +187,10 @@ def find_operations(model: nn.Module, config: TunerConfig, classes: int | None =
     found, lacking = {}, []
     for path, block in blocks.items():
         for op in (op for op in ops if op != "conv"):
-            name = _VISION_PARTS.get(op, op) if _is_vision_block(block) else op
-            module = block if op == "block" else getattr(block, name, None)
-            if module is None:
-                lacking.append(f"{path}.{name}")
-            found[path if op == "block" else f"{path}.{name}"] = Operation(op, module, block)
+            for name in _places(block, op, kind_on(config, op)):
+                module = _submodule(block, name)
+                lacking += [f"{path}.{name}"] if module is None else []
+                found[f"{path}.{name}".removesuffix(".")] = Operation(op, module, block)
     if "conv" in ops:
         convolutions = {
             path.replace(".base_layer", ""): Operation("conv", module)
@@ -196,12 +205,27 @@ def find_operations(model: nn.Module, config: TunerConfig, classes: int | None =
     return found | heads
 
 
+def _places(block: nn.Module, op: str, kind: str) -> tuple[str, ...]:
+    """The paths within a block of what a tuner of this kind is beside; "" is the block itself."""
+    vision = _is_vision_block(block)
+    if kind == RES_ATTN_LAYER:
+        return (_VISION_LORA_LAYERS if vision else LINEAR_LAYERS).get(op, (op,))
+    return ("",) if op == "block" else (_VISION_PARTS.get(op, op) if vision else op,)
+
+
+def _submodule(block: nn.Module, path: str) -> nn.Module | None:
+    """The module at this path, within the LoRA that may have wrapped it; None where there is none."""
+    try:
+        module = block.get_submodule(path)
+    except AttributeError:
+        return None
+    return getattr(module, "base_layer", module)
+
+
 # The layers of an operation that LoRA and its relatives are on; of a vision transformer's attention q and v, as in the
 # comparisons of NOAH and Res-Tuning. "conv" is what LoCon adds to LoRA (LyCORIS, arXiv 2309.14859).
 _LORA_LAYERS = {
-    "attn1": ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
-    "attn2": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
-    "ff": ("ff.net.0.proj", "ff.net.2"),
+    **LINEAR_LAYERS,
     "conv": ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out"),
 }
 _VISION_LORA_LAYERS = {"attn1": ("attention.q_proj", "attention.v_proj"), "ff": ("mlp.fc1", "mlp.fc2")}

@@ -50,6 +50,7 @@ def methods(unet) -> dict[str, TunerConfig]:
         "res_attn_conv": matched("rank", kind="res_attn_conv"),
         "res_attn_values": TunerConfig(kind="res_attn_conv", ops=[*attention, "ff"]),
         "low_rank_conv": matched("rank", kind="res_attn_conv", ops=["conv"]),
+        "res_attn_layer": matched("rank", kind="res_attn_layer", num_heads=1),
         "res_adapter": matched("length", kind="res_adapter"),
         "res_prefix": matched("length", kind="res_prefix"),
         "res_prompt": matched("length", kind="res_prompt"),

@@ -209,5 +209,5 @@ def _make_label(folder: Path, path: Path, taken) -> str:
 def kind_name(kind: str) -> str:
     """A kind of tuner as people write it: "res_attn" becomes "Res-Attn"."""
     special = {"lora": "LoRA", "dora": "DoRA", "full": "Full fine-tuning",
-               "res_attn_conv": "Res-Attn with conv"}  # fmt: skip
+               "res_attn_conv": "Res-Attn with conv", "res_attn_layer": "Res-Attn on layers"}  # fmt: skip
     return special.get(kind) or "-".join(part.capitalize() for part in str(kind).split("_"))

@@ -9,12 +9,13 @@ from .full import FullTuning
 from .res_adapter import ResAdapter
 from .res_attn import ResAttn
 from .res_attn_conv import LowRankConvolution, ResAttnConv
+from .res_attn_layer import ResAttnLayer
 from .res_attn_text import ResAttnText
 from .res_prefix import ResPrefix
 from .res_prompt import ResPrompt
 
 __all__ = [
     "BASELINES", "FULL", "KINDS", "LORAS", "OPS", "TUNER_OPS", "Context", "FullTuning", "LowRankConvolution",
-    "ResAdapter", "ResAttn", "ResAttnConv", "ResAttnText", "ResPrefix", "ResPrompt", "Tuner", "TunerConfig", "Widths",
-    "build_tuner", "fields_of",
+    "ResAdapter", "ResAttn", "ResAttnConv", "ResAttnLayer", "ResAttnText", "ResPrefix", "ResPrompt", "Tuner",
+    "TunerConfig", "Widths", "build_tuner", "fields_of",
 ]  # fmt: skip

@@ -3,12 +3,15 @@
 import inspect
 from dataclasses import asdict, dataclass, field
 
+from torch import nn
+
 from .adapter import Adapter
 from .base import Tuner, Widths
 from .bypass import Bypass
 from .res_adapter import ResAdapter
 from .res_attn import ResAttn
 from .res_attn_conv import ResAttnConv
+from .res_attn_layer import ResAttnLayer
 from .res_attn_text import ResAttnText
 from .res_prefix import ResPrefix
 from .res_prompt import ResPrompt
@@ -18,10 +21,12 @@ KINDS = {
     "res_attn": ResAttn,
     "res_attn_text": ResAttnText,
     "res_attn_conv": ResAttnConv,
+    "res_attn_layer": ResAttnLayer,
     "res_adapter": ResAdapter,
     "res_prefix": ResPrefix,
     "res_prompt": ResPrompt,
 }
+RES_ATTN_LAYER = "res_attn_layer"  # beside each of `LINEAR_LAYERS`, not beside the operation
 LORAS = ("lora", "dora")  # made by PEFT, in `adapters.lora`
 FULL = "full"  # full fine-tuning of every layer of the UNet; `ops` has no effect
 BASELINES = (*LORAS, FULL)  # what tuners are compared with
@@ -38,6 +43,12 @@ TUNER_OPS = ("attn1", "attn2", "ff", "block")  # what a tuner can be added to
 OPS = (*TUNER_OPS, "conv")
 CONV_KINDS = (*LORAS, "res_attn_conv", "lokr")  # the kinds that can be on conv
 DEFAULT_OPS = ["attn1", "attn2", "ff"]
+# The linear layers of an operation, by their path in the block of a UNet.
+LINEAR_LAYERS = {
+    "attn1": ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
+    "attn2": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+    "ff": ("ff.net.0.proj", "ff.net.2"),
+}
 
 
 def fields_of(kind: str) -> list[str]:
@@ -108,8 +119,10 @@ class TunerConfig:
             wrong.append(f"ops is {self.ops!r}; full fine-tuning changes every layer of the UNet: leave ops out")
         elif self.kind in list(WITHOUT_OPS) and self.ops != default:
             wrong.append(f"ops is {self.ops!r}; what {self.kind} is added to is given: leave ops out")
-        elif self.kind in [*LORAS, *PEFT_METHODS] and "block" in self.ops:
-            wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on attn1, attn2, ff, conv, not on the whole block")
+        elif self.kind in [*LORAS, *PEFT_METHODS, RES_ATTN_LAYER] and "block" in self.ops:
+            wrong.append(
+                f"ops is {self.ops!r}; a {self.kind} is on the layers of attn1, attn2 or ff, not on the whole block"
+            )
         elif self.kind not in list(CONV_KINDS) and "conv" in self.ops:
             wrong.append(f"ops is {self.ops!r}; only {', '.join(CONV_KINDS)} can be on conv: leave it out")
         if self.ffn_kind is not None:
@@ -129,8 +142,13 @@ class TunerConfig:
             raise ValueError("this tuner configuration cannot be used: " + "; ".join(wrong))
 
 
-def build_tuner(config: TunerConfig, op: str, widths: Widths) -> Tuner:
-    """A fresh tuner of the kind that the configuration names for the operation `op`."""
-    kind = (KINDS | SEQUENTIAL)[config.ffn_kind if op == "ff" and config.ffn_kind else config.kind]
-    offered = asdict(config) | asdict(widths)
+def kind_on(config: TunerConfig, op: str) -> str:
+    """The kind of tuner that the configuration names for the operation `op`."""
+    return config.ffn_kind if op == "ff" and config.ffn_kind else config.kind
+
+
+def build_tuner(config: TunerConfig, op: str, widths: Widths, layer: nn.Module | None = None) -> Tuner:
+    """A fresh tuner of the kind that the configuration names for the operation `op`, or for this layer of it."""
+    kind = (KINDS | SEQUENTIAL)[kind_on(config, op)]
+    offered = asdict(config) | asdict(widths) | {"layer": layer}
     return kind(**{name: offered[name] for name in inspect.signature(kind).parameters})

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sdtune
 from sdtune.adapters import inject
 from sdtune.kernels.cpu import attention as cpu_attention
-from sdtune.tuners import LowRankConvolution
+from sdtune.tuners import LowRankConvolution, ResAttnLayer
 from sdtune.tuners import attention as tuner_attention
 from sdtune.tuners.base import Context, Widths
 from sdtune.tuners.config import BASELINES, KINDS, LORAS, build_tuner, fields_of
@@ -297,13 +297,26 @@ def test_only_kinds_with_a_form_for_convolutions_can_be_on_conv():
             sdtune.TunerConfig(kind, ops=["conv"])
 
 
+@pytest.mark.parametrize(("rank", "num_heads"), [(3, 1), (3, 2), (2, 4)])
+def test_res_attn_layer_is_a_lora_whose_low_rank_tokens_also_attend_to_each_other(rank, num_heads):
+    x, layer = torch.randn(2, 9, 6, dtype=torch.float64), torch.nn.Linear(6, 5)
+    tuner = ResAttnLayer(layer, rank, num_heads).double()
+    torch.nn.init.normal_(tuner.o.weight)
+    torch.testing.assert_close(tuner(x), x @ tuner.down.weight.T @ tuner.o.weight.T)  # v is zero at the start
+    torch.nn.init.normal_(tuner.qkv)
+    z = (x @ tuner.down.weight.T).unflatten(2, (num_heads, rank))
+    q, k, v = ((z.transpose(1, 2) @ part).transpose(1, 2).flatten(2) for part in tuner.qkv.chunk(3, -1))
+    expected = torch.stack([attention(q[i], k[i], v[i], num_heads)[0] for i in range(2)])
+    torch.testing.assert_close(tuner(x), (z.flatten(2) + expected) @ tuner.o.weight.T)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_tuner_of_each_kind_gives_exactly_zero_and_starts_alike_from_a_seed(kind, attn):
     x, text = torch.randn(2, 8, 10), torch.randn(2, 5, 7)
     config, widths, same = sdtune.TunerConfig(kind), Widths(10, 12, 7, 7), []
     for dtype in (torch.float32, torch.float32, torch.float16, torch.bfloat16):
         torch.manual_seed(0)
-        tuner = build_tuner(config, "attn2", widths).to(dtype)
+        tuner = build_tuner(config, "attn2", widths, torch.nn.Linear(10, 10)).to(dtype)
         result = tuner(x.to(dtype), Context(attn.to(dtype), text.to(dtype)))
         assert result.shape == x.shape and result.dtype == dtype and not result.any()
         same.append(torch.cat([p.detach().flatten().float() for p in tuner.parameters()]))
@@ -339,6 +352,7 @@ def test_the_fields_that_matter_to_a_kind_are_known():
     attention = ["ops", "rank", "num_heads", "qkv_bias", "attn_drop", "proj_drop"]
     assert all(fields_of(kind) == ["ops", "rank"] for kind in LORAS) and fields_of("full") == []
     assert fields_of("res_attn") == fields_of("res_attn_text") == fields_of("res_attn_conv") == attention
+    assert fields_of("res_attn_layer") == [field for field in attention if field != "qkv_bias"]
     assert all(fields_of(f"res_{kind}") == ["ops", "length", "proj_drop"] for kind in ("adapter", "prefix", "prompt"))
 
 
@@ -361,7 +375,8 @@ def test_a_second_kind_needs_a_feed_forward_and_baselines_stay_by_themselves():
 def test_dropout_of_each_kinds_result_acts_only_while_training(attn):
     x = torch.randn(2, 8, 10, dtype=torch.float64)
     for kind in KINDS:
-        tuner = stirred(build_tuner(sdtune.TunerConfig(kind, proj_drop=0.5), "attn1", Widths(10, 12, 7, 10)))
+        layer = torch.nn.Linear(10, 10)
+        tuner = stirred(build_tuner(sdtune.TunerConfig(kind, proj_drop=0.5), "attn1", Widths(10, 12, 7, 10), layer))
         result = tuner(x, Context(attn))
         assert 0.2 < (result == 0).double().mean() < 0.8
         tuner.eval()

@@ -19,6 +19,7 @@ from torch import nn
 
 from sdtune.adapters import tuner_file
 from sdtune.tuners import KINDS, Context, LowRankConvolution, Tuner, TunerConfig, Widths, build_tuner
+from sdtune.tuners.config import LINEAR_LAYERS, RES_ATTN_LAYER, kind_on
 
 _LAYER = re.compile(r"(input|middle|output)_blocks?\.(\d+)(?:\.\d+)?")  # a residual block or a spatial transformer
 _CONVOLUTIONS = {
@@ -139,7 +140,7 @@ class PlacedTuner:
 
 
 def place_tuners(unet: nn.Module, file: tuner_file.TunerFile, source: str) -> dict[tuple[str, str], PlacedTuner]:
-    """The tuners of a file, keyed by (path of the block, or of the convolution, in diffusers' UNet, operation).
+    """The tuners of a file, keyed by (path of the block, or of the convolution, in diffusers' UNet, operation or layer).
 
     Raises:
         TunerFileError: if the file does not fit the UNet, or holds a LoRA, a DoRA or a full fine-tuning.
@@ -159,7 +160,11 @@ def place_tuners(unet: nn.Module, file: tuner_file.TunerFile, source: str) -> di
     with torch.device("meta"):
         for path, block in blocks.items():
             for op in config.ops:
-                if op != "conv":
+                if kind_on(config, op) == RES_ATTN_LAYER:
+                    for name in LINEAR_LAYERS[op]:
+                        tuner = build_tuner(config, op, _widths(block.module, op), block.module.get_submodule(name))
+                        tuners[path, name] = f"{path}.{name}", tuner, None
+                elif op != "conv":
                     tuner = build_tuner(config, op, _widths(block.module, op))
                     prefix = path if op == "block" else f"{path}.{op}"
                     tuners[path, op] = prefix, tuner, _attention(block.module, op)
@@ -202,8 +207,9 @@ def add_tuner(model, file: tuner_file.TunerFile, strength: float = 1.0, source: 
         if tuners:
             _patch_attention(model, op, tuners, strength)
     for (path, op), tuner in placed.items():
-        if op in ("ff", "block", "conv"):
-            own = convolutions[path][0] if op == "conv" else blocks[path].path + (".ff" if op == "ff" else "")
+        if op not in ("attn1", "attn2"):
+            inner = "" if op == "block" else f".{op}"  # the feed-forward, or a linear layer
+            own = convolutions[path][0] if op == "conv" else blocks[path].path + inner
             name = f"diffusion_model.{own}.forward"
             wrap = _with_block_tuner if op == "block" else _with_tuner
             model.add_object_patch(name, wrap(_current_forward(model, name), tuner, strength))
