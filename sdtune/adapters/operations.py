@@ -58,6 +58,7 @@ class Operation:
         blocks: all blocks of the model, for a bypass alone; of a UNet the upward blocks.
         channels: for a bypass of a UNet: of the first block's input and of all blocks' results.
         classes: number of classes of a head's replacement; None: as many as the head has.
+        makes_result: whether the module makes the operation's result; the inner linear layers do not.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Operation:
     blocks: tuple[nn.Module, ...] = ()
     channels: tuple[int, ...] = ()
     classes: int | None = None
+    makes_result: bool = True
 
     def new_tuner(self, config: TunerConfig) -> Tuner:
         """A fresh tuner of this operation."""
@@ -77,7 +79,7 @@ class Operation:
             return LowRankConvolution(self.module, config.rank, config.proj_drop)
         if self.channels:
             return MapBypass(self.channels, config.length)
-        return build_tuner(config, self.name, self.widths, self.module)
+        return build_tuner(config, self.name, self.widths, self.module, self.makes_result)
 
     @property
     def attention(self) -> nn.Module | FrozenAttention | None:
@@ -187,10 +189,12 @@ def find_operations(model: nn.Module, config: TunerConfig, classes: int | None =
     found, lacking = {}, []
     for path, block in blocks.items():
         for op in (op for op in ops if op != "conv"):
-            for name in _places(block, op, kind_on(config, op)):
+            places = _places(block, op, kind_on(config, op))
+            for name in places:
                 module = _submodule(block, name)
                 lacking += [f"{path}.{name}"] if module is None else []
-                found[f"{path}.{name}".removesuffix(".")] = Operation(op, module, block)
+                place = f"{path}.{name}".removesuffix(".")
+                found[place] = Operation(op, module, block, makes_result=name == places[-1])
     if "conv" in ops:
         convolutions = {
             path.replace(".base_layer", ""): Operation("conv", module)
@@ -209,7 +213,7 @@ def _places(block: nn.Module, op: str, kind: str) -> tuple[str, ...]:
     """The paths within a block of what a tuner of this kind is beside; "" is the block itself."""
     vision = _is_vision_block(block)
     if kind == RES_ATTN_LAYER:
-        return (_VISION_LORA_LAYERS if vision else LINEAR_LAYERS).get(op, (op,))
+        return (_VISION_LINEAR_LAYERS if vision else LINEAR_LAYERS).get(op, (op,))
     return ("",) if op == "block" else (_VISION_PARTS.get(op, op) if vision else op,)
 
 
@@ -227,6 +231,10 @@ def _submodule(block: nn.Module, path: str) -> nn.Module | None:
 _LORA_LAYERS = {
     **LINEAR_LAYERS,
     "conv": ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out"),
+}
+_VISION_LINEAR_LAYERS = {
+    "attn1": tuple(f"attention.{name}_proj" for name in "qkvo"),
+    "ff": ("mlp.fc1", "mlp.fc2"),
 }
 _VISION_LORA_LAYERS = {"attn1": ("attention.q_proj", "attention.v_proj"), "ff": ("mlp.fc1", "mlp.fc2")}
 

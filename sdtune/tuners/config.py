@@ -43,7 +43,7 @@ TUNER_OPS = ("attn1", "attn2", "ff", "block")  # what a tuner can be added to
 OPS = (*TUNER_OPS, "conv")
 CONV_KINDS = (*LORAS, "res_attn_conv", "lokr")  # the kinds that can be on conv
 DEFAULT_OPS = ["attn1", "attn2", "ff"]
-# The linear layers of an operation, by their path in the block of a UNet.
+# The linear layers of an operation, by their path in the block of a UNet; the last one makes its result.
 LINEAR_LAYERS = {
     "attn1": ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
     "attn2": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
@@ -147,8 +147,16 @@ def kind_on(config: TunerConfig, op: str) -> str:
     return config.ffn_kind if op == "ff" and config.ffn_kind else config.kind
 
 
-def build_tuner(config: TunerConfig, op: str, widths: Widths, layer: nn.Module | None = None) -> Tuner:
-    """A fresh tuner of the kind that the configuration names for the operation `op`, or for this layer of it."""
+def build_tuner(
+    config: TunerConfig, op: str, widths: Widths, layer: nn.Module | None = None, makes_result: bool = True
+) -> Tuner:
+    """A fresh tuner of the kind that the configuration names for the operation `op`.
+
+    Args:
+        widths: of the operation.
+        layer: for `ResAttnLayer`, the linear layer of the operation that it is beside.
+        makes_result: whether that layer makes the operation's result.
+    """
     kind = (KINDS | SEQUENTIAL)[kind_on(config, op)]
-    offered = asdict(config) | asdict(widths) | {"layer": layer}
+    offered = asdict(config) | asdict(widths) | {"layer": layer, "makes_result": makes_result}
     return kind(**{name: offered[name] for name in inspect.signature(kind).parameters})

@@ -1,4 +1,4 @@
-"""Res-Attn beside every linear layer: an extension of ours, where Algorithm 1 is beside whole operations."""
+"""Res-Attn beside the linear layers of operations: an extension of ours; Algorithm 1 is beside whole operations."""
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +9,18 @@ from .base import Context, Tuner
 
 
 class ResAttnLayer(Tuner):
-    """o(z + attention(q z, k z, v z)) with z = down(x), beside one linear layer of an operation.
+    """o(z) with z = down(x), beside a linear layer within an operation; beside the layer that makes the operation's
+    result o(z + attention(q z, k z, v z)).
 
-    In x' = OP(x) + tuner(x) the OP is here a projection of attention or feed-forward, as it is for a LoRA (arXiv
-    2106.09685), whose form `o(down(x))` is. Each head has maps q, k and v from its own `rank` channels of z to `rank`
-    numbers, so attention adds 3 * rank² * num_heads parameters to the LoRA's. `down` starts Gaussian with a variance of
-    1 / features in, q and k with 1 / rank; v and `o` start at zero, the v so that training begins as a LoRA's.
-    Parameters: rank * num_heads * (features in + features out + 3 * rank).
+    In x' = OP(x) + tuner(x) the OP is here a single projection of attention or feed-forward, as it is for a LoRA (arXiv
+    2106.09685), whose form o(down(x)) is. Each head has maps q, k and v from its own `rank` channels of z to `rank`
+    numbers. `down` starts Gaussian with a variance of 1 / features in, q and k with one of 1 / rank, v and `o` at zero:
+    v, so that training begins as a LoRA's. Parameters: rank * num_heads * (features in + features out), and
+    3 * rank² * num_heads where it attends.
 
     Args:
         layer: the frozen `nn.Linear`.
+        makes_result: whether the layer makes the result of its operation.
         rank: width of one head; at least 1.
         num_heads: number of heads; at least 1.
         attn_drop: dropout on the attention weights in training, from 0 to below 1.
@@ -26,28 +28,39 @@ class ResAttnLayer(Tuner):
     """
 
     def __init__(
-        self, layer: nn.Linear, rank: int = 4, num_heads: int = 4, attn_drop: float = 0.0, proj_drop: float = 0.0
+        self,
+        layer: nn.Linear,
+        makes_result: bool = True,
+        rank: int = 4,
+        num_heads: int = 4,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
     ):
         super().__init__()
         self.rank, self.num_heads = rank, num_heads
         self.scale = rank**-0.5
         self.down = nn.Linear(layer.in_features, rank * num_heads, bias=False)
-        self.qkv = nn.Parameter(torch.empty(num_heads, rank, 3 * rank))
+        self.qkv = nn.Parameter(torch.empty(num_heads, rank, 3 * rank)) if makes_result else None
         self.attn_drop = attn_drop
         self.o = nn.Linear(rank * num_heads, layer.out_features, bias=False)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.normal_(self.down.weight, std=layer.in_features**-0.5)
-        nn.init.normal_(self.qkv, std=rank**-0.5)
-        with torch.no_grad():
-            self.qkv[:, :, 2 * rank :] = 0
         nn.init.zeros_(self.o.weight)
+        if makes_result:
+            nn.init.normal_(self.qkv, std=rank**-0.5)
+            nn.init.zeros_(self.qkv[:, :, 2 * rank :])
+
+    @property
+    def per_token(self) -> bool:
+        return self.qkv is None
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         """x: (B, N, features in) -> (B, N, features out), to be added to the layer's own result."""
         z = self.down(x)
-        qkv = F.linear(z, self._qkv_of_all_heads()).unflatten(2, (3, self.num_heads, self.rank))
-        x = z + attention(self.scale, qkv, dropout=self.attn_drop if self.training else 0.0)
-        return self.proj_drop(self.o(x))
+        if self.qkv is not None:
+            qkv = F.linear(z, self._qkv_of_all_heads()).unflatten(2, (3, self.num_heads, self.rank))
+            z = z + attention(self.scale, qkv, dropout=self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.o(z))
 
     def _qkv_of_all_heads(self) -> torch.Tensor:
         """`qkv` as one map of all channels, (3 * rank * num_heads, rank * num_heads), zero between different heads."""

@@ -298,11 +298,13 @@ def test_only_kinds_with_a_form_for_convolutions_can_be_on_conv():
 
 
 @pytest.mark.parametrize(("rank", "num_heads"), [(3, 1), (3, 2), (2, 4)])
-def test_res_attn_layer_is_a_lora_whose_low_rank_tokens_also_attend_to_each_other(rank, num_heads):
+def test_res_attn_layer_is_a_lora_that_also_attends_where_a_result_is_made(rank, num_heads):
     x, layer = torch.randn(2, 9, 6, dtype=torch.float64), torch.nn.Linear(6, 5)
-    tuner = ResAttnLayer(layer, rank, num_heads).double()
-    torch.nn.init.normal_(tuner.o.weight)
-    torch.testing.assert_close(tuner(x), x @ tuner.down.weight.T @ tuner.o.weight.T)  # v is zero at the start
+    for makes_result in (False, True):
+        tuner = ResAttnLayer(layer, makes_result, rank, num_heads).double()
+        torch.nn.init.normal_(tuner.o.weight)
+        assert (tuner.qkv is None) == tuner.per_token == (not makes_result)
+        torch.testing.assert_close(tuner(x), x @ tuner.down.weight.T @ tuner.o.weight.T)  # v is zero at the start
     torch.nn.init.normal_(tuner.qkv)
     z = (x @ tuner.down.weight.T).unflatten(2, (num_heads, rank))
     q, k, v = ((z.transpose(1, 2) @ part).transpose(1, 2).flatten(2) for part in tuner.qkv.chunk(3, -1))

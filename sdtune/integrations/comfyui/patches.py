@@ -140,7 +140,7 @@ class PlacedTuner:
 
 
 def place_tuners(unet: nn.Module, file: tuner_file.TunerFile, source: str) -> dict[tuple[str, str], PlacedTuner]:
-    """The tuners of a file, keyed by (path of the block, or of the convolution, in diffusers' UNet, operation or layer).
+    """The tuners of a file, keyed by (path in diffusers' UNet of the block, or of the convolution, operation or layer).
 
     Raises:
         TunerFileError: if the file does not fit the UNet, or holds a LoRA, a DoRA or a full fine-tuning.
@@ -161,8 +161,9 @@ def place_tuners(unet: nn.Module, file: tuner_file.TunerFile, source: str) -> di
         for path, block in blocks.items():
             for op in config.ops:
                 if kind_on(config, op) == RES_ATTN_LAYER:
-                    for name in LINEAR_LAYERS[op]:
-                        tuner = build_tuner(config, op, _widths(block.module, op), block.module.get_submodule(name))
+                    for name in (names := LINEAR_LAYERS[op]):
+                        layer = block.module.get_submodule(name)
+                        tuner = build_tuner(config, op, _widths(block.module, op), layer, name == names[-1])
                         tuners[path, name] = f"{path}.{name}", tuner, None
                 elif op != "conv":
                     tuner = build_tuner(config, op, _widths(block.module, op))
