@@ -39,11 +39,11 @@ from ..training.config import TrainConfig
 from ..tuners.config import TunerConfig
 
 REFERENCE, RES_ATTN, LORA, FLOOR = "reference", "res_attn", "lora", "floor"
-RES_ATTN_CONV, BYPASS = "res_attn_conv", "bypass"
+RES_ATTN_LAYER, BYPASS = "res_attn_layer", "bypass"
 DIFFUSERS_BASE, BASE, FUSED = "plain", "base", "lora_fused"
 CANDIDATES = {
     "train": {REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn",
-              RES_ATTN_CONV: "sdtune, Res-Attn with convolutions", BYPASS: "sdtune, bypass",
+              RES_ATTN_LAYER: "sdtune, Res-Attn on layers", BYPASS: "sdtune, bypass",
               LORA: "sdtune, LoRA r 4", FLOOR: "floor: frozen UNet"},
     "draw": {DIFFUSERS_BASE: "base as diffusers loads it", BASE: "base", RES_ATTN: "base + Res-Attn",
              LORA: "base + LoRA", FUSED: "base + LoRA, fused"},
@@ -92,7 +92,7 @@ class Job:
         )  # fmt: skip
         tuners = {
             LORA: dict(kind="lora", rank=4, ops=["attn1", "attn2"]),
-            RES_ATTN_CONV: dict(kind="res_attn_conv"),
+            RES_ATTN_LAYER: dict(kind="res_attn_layer"),
             BYPASS: dict(kind="bypass", length=79),  # on tiny-sd as many parameters as Res-Attn
         }
         return config, TunerConfig(**(self.tuner or tuners.get(self.name, {})))

@@ -3,7 +3,7 @@
 The prompts are drawn with every checkpoint from the same noise into one sheet, and scored by the metrics of
 `sdtune.evaluation` (extra `evaluate`). Recommended is the earliest that is beyond doubt worse than the best neither in
 likeness to the true pictures, nor in following its prompt, and that does not copy the training pictures. The held-out
-loss has no say: it rises while faces still become more whole (`assets/results/res_attn_conv.md`).
+loss has no say: it rises while faces still become more whole (`assets/results/forms.md`).
 """
 
 from collections.abc import Callable

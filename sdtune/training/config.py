@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 DEFAULT_OUTPUT = "output/anime"
-DEFAULT_KIND = "res_attn_conv"  # of train_anime.py and the page; see assets/results/res_attn_conv.md
+DEFAULT_KIND = "res_attn_layer"  # of train_anime.py and the page; see assets/results/forms.md
 
 
 def _option(default, help: str):

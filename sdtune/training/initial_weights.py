@@ -11,10 +11,10 @@ import torch
 
 from ..adapters import tuner_file
 from ..adapters.tuner_file import TunerFile
-from ..tuners.config import LORAS, TunerConfig
+from ..tuners.config import LORAS, RES_ATTN_LAYER, TunerConfig
 from .errors import TrainError
 
-GROWING = ("res_attn", "res_attn_conv", *LORAS)  # the kinds whose rank can grow
+GROWING = ("res_attn", "res_attn_conv", RES_ATTN_LAYER, *LORAS)  # the kinds whose rank can grow
 
 
 def load_initial_weights(path: str, config: TunerConfig, weights: dict[str, torch.Tensor]) -> None:
@@ -35,6 +35,7 @@ def load_initial_weights(path: str, config: TunerConfig, weights: dict[str, torc
         _check_keys(path, file, expected)
         for key, tensor in weights.items():
             grow = _grow_lora if config.kind in LORAS or tensor.ndim == 4 else _grow_res_attn
+            grow = _grow_res_attn_layer if config.kind == RES_ATTN_LAYER else grow
             grow(tensor, file.tensors[key].to(tensor), key, file.config, config)
         return
     tuner_file.check_fits(file, expected, path)
@@ -100,3 +101,19 @@ def _grow_res_attn(fresh: torch.Tensor, old: torch.Tensor, key: str, was: TunerC
         fresh.view(len(fresh), now.num_heads, now.rank)[:, :heads, :rank] = old.view(len(old), heads, rank)
     else:
         fresh.copy_(old)
+
+
+def _grow_res_attn_layer(fresh: torch.Tensor, old: torch.Tensor, key: str, was: TunerConfig, now: TunerConfig) -> None:
+    """As `_grow_res_attn`; new channels of `down` also give nothing to the old widths of q, k and v."""
+    heads, rank = was.num_heads, was.rank
+    if key.endswith("down.weight"):
+        new = fresh.view(now.num_heads, now.rank, -1)
+        new[:heads, :rank] = old.view(heads, rank, -1)
+    elif key.endswith("qkv"):
+        new, parts = fresh.view(now.num_heads, now.rank, 3, now.rank), old.view(heads, rank, 3, rank)
+        new[:heads, :, 0] = 0
+        new[:heads, :, :, :rank] = 0
+        new[:heads, :rank, :, :rank] = parts
+        new[:heads, :rank, 0, :rank] *= math.sqrt(now.rank / rank)
+    else:
+        _grow_res_attn(fresh, old, key, was, now)

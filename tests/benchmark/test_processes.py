@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sdtune.benchmark import child, parts, processes
-from sdtune.benchmark.candidates import BYPASS, CANDIDATES, FLOOR, LORA, REFERENCE, RES_ATTN, RES_ATTN_CONV, Job
+from sdtune.benchmark.candidates import BYPASS, CANDIDATES, FLOOR, LORA, REFERENCE, RES_ATTN, RES_ATTN_LAYER, Job
 
 
 def job(tmp_path, **changes) -> Job:
@@ -27,7 +27,7 @@ def test_only_our_trainer_and_the_floor_have_the_heap_settings_of_train_anime(tm
     monkeypatch.setattr(processes.heap, "heap_environment", lambda: {"HEAP": "1"})
     with_settings = [(part, name) for part, names in CANDIDATES.items() for name in names
                      if "HEAP" in processes.child_environment(job(tmp_path, part=part, name=name))]  # fmt: skip
-    assert with_settings == [("train", name) for name in (RES_ATTN, RES_ATTN_CONV, BYPASS, LORA, FLOOR)]
+    assert with_settings == [("train", name) for name in (RES_ATTN, RES_ATTN_LAYER, BYPASS, LORA, FLOOR)]
 
 
 def test_any_tuner_can_be_measured_alone(tmp_path):

@@ -49,7 +49,7 @@ def test_a_training_can_start_from_a_listed_file_whose_kind_and_size_it_takes_ov
     plan = backend.trainings.plan
     run = plan(None, [], "bundled", "mine", "lora", 5, {"init": label, "rank": 9, "keep_last": 0, "clip_skip": 2.0})
     assert run.config.init == str(backend.files.get(label).path)
-    assert run.tuner == tuner_file.load(run.config.init).config and run.tuner.kind == "res_attn_conv"
+    assert run.tuner == tuner_file.load(run.config.init).config and run.tuner.kind == "res_attn_layer"
     assert run.config.keep_last is None and run.config.clip_skip == 2
     with pytest.raises(PageError, match="There is no adapter file"):
         plan(None, [], "bundled", "mine", "lora", 5, {"init": "/etc/passwd"})

@@ -29,9 +29,10 @@ def predict(unet) -> torch.Tensor:
         (sdtune.TunerConfig(kind="lora", rank=2), sdtune.TunerConfig(kind="lora", rank=3)),
         (sdtune.TunerConfig(kind="dora", ops=OPS), sdtune.TunerConfig(kind="dora", rank=6, ops=OPS)),
         (sdtune.TunerConfig(kind="res_attn_conv"), sdtune.TunerConfig(kind="res_attn_conv", rank=6)),
+        (sdtune.TunerConfig(kind="res_attn_layer"), sdtune.TunerConfig(kind="res_attn_layer", rank=5, num_heads=6)),
         (sdtune.TunerConfig(kind="res_prefix"), sdtune.TunerConfig(kind="res_prefix")),
     ],
-    ids=["the same", "rank", "rank, heads and bias", "lora", "dora", "res_attn_conv", "res_prefix"],
+    ids=["the same", "rank", "rank, heads and bias", "lora", "dora", "res_attn_conv", "res_attn_layer", "res_prefix"],
 )  # fmt: skip
 def test_a_tuner_that_is_kept_or_grown_predicts_what_it_predicted_and_all_of_it_can_learn(pipe, tmp_path, old, new):
     unet = pipe.unet
