@@ -120,9 +120,8 @@ class TunerConfig:
         elif self.kind in list(WITHOUT_OPS) and self.ops != default:
             wrong.append(f"ops is {self.ops!r}; what {self.kind} is added to is given: leave ops out")
         elif self.kind in [*LORAS, *PEFT_METHODS, RES_ATTN_LAYER] and "block" in self.ops:
-            wrong.append(
-                f"ops is {self.ops!r}; a {self.kind} is on the layers of attn1, attn2 or ff, not on the whole block"
-            )
+            ops = ", ".join(op for op in OPS if op != "block" and (op != "conv" or self.kind in CONV_KINDS))
+            wrong.append(f"ops is {self.ops!r}; a {self.kind} can be on {ops}, not on the whole block")
         elif self.kind not in list(CONV_KINDS) and "conv" in self.ops:
             wrong.append(f"ops is {self.ops!r}; only {', '.join(CONV_KINDS)} can be on conv: leave it out")
         if self.ffn_kind is not None:

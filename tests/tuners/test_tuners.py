@@ -350,6 +350,19 @@ def test_parameter_counts_of_each_kind_on_the_shape_of_sd_v1_5(sd15_unet, kind, 
     )
 
 
+def test_parameter_counts_of_res_attn_layer_on_the_shape_of_sd_v1_5(sd15_unet):
+    def count(ops):
+        config = sdtune.TunerConfig("res_attn_layer", ops=ops)
+        return sum(map(math.prod, inject.expected_shapes(sd15_unet, config).values()))
+
+    widths, attends = [320] * 5 + [640] * 5 + [1280] * 6, 3 * 4**2 * 4
+    attn1 = sum(16 * 8 * d + attends for d in widths)
+    attn2 = sum(16 * (2 * 2 * d + 2 * (768 + d)) + attends for d in widths)
+    ff = sum(16 * (d + 8 * d + 4 * d + d) + attends for d in widths)
+    assert [count([op]) for op in ("attn1", "attn2", "ff")] == [attn1, attn2, ff]
+    assert count(None) == attn1 + attn2 + ff == 5_993_472
+
+
 def test_the_fields_that_matter_to_a_kind_are_known():
     attention = ["ops", "rank", "num_heads", "qkv_bias", "attn_drop", "proj_drop"]
     assert all(fields_of(kind) == ["ops", "rank"] for kind in LORAS) and fields_of("full") == []
@@ -365,6 +378,8 @@ def test_a_second_kind_needs_a_feed_forward_and_baselines_stay_by_themselves():
         assert sdtune.TunerConfig(kind, ops=["ff"]).kind == kind
         with pytest.raises(ValueError, match=f"a {kind} can be on attn1, attn2, ff, conv, not on the whole block"):
             sdtune.TunerConfig(kind, ops=["block"])
+    with pytest.raises(ValueError, match="a res_attn_layer can be on attn1, attn2, ff, not on the whole block"):
+        sdtune.TunerConfig("res_attn_layer", ops=["block"])
     with pytest.raises(ValueError, match=r"ops is \['ff'\]; full fine-tuning changes every layer"):
         sdtune.TunerConfig("full", ops=["ff"])
     for kind in BASELINES:
