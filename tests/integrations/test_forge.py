@@ -121,7 +121,8 @@ def extension(comfyui, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"ops": ["block", "attn2"], "kind": "res_attn_text"}, {"kind": "res_attn_conv"}]
+    "config",
+    [{}, {"ops": ["block", "attn2"], "kind": "res_attn_text"}, {"kind": "res_attn_conv"}, {"kind": "res_attn_layer"}],
 )
 def test_the_extension_predicts_the_same_as_in_diffusers(extension, comfyui, base, unet, config):
     path, without = make_file(comfyui, base, "forge", **config), in_diffusers(base, {})
