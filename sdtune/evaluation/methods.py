@@ -8,13 +8,14 @@ from ..tuners.config import TunerConfig
 GROUPS = {
     "paper": ["res_attn", "res_adapter", "res_prefix", "res_prompt"],
     "baselines": ["lora", "lora_ff", "lora_conv", "dora", "full"],
-    "forms": ["res_attn", "res_attn_values", "low_rank_conv", "res_attn_conv", "lora_conv", "dora_conv"],
+    "forms": ["res_attn", "res_attn_values", "res_adapter", "res_attn_layer", "low_rank_conv", "res_attn_conv",
+              "lora_ff", "lora_conv", "dora_conv"],
     "half": ["2x4", "res_attn_conv_half", "lora_conv_half", "lokr_conv"],
     "fourfold": ["8x8", "res_attn_conv_fourfold", "lora_conv_fourfold"],
     "dual": ["res_attn", "dual", "dual_swapped"],
     "training": ["res_attn", "no_dropout", "preserve", "prodigy", "ema"],
     "ablation": ["res_attn", "2x4", "8x4", "8x8", "mha", "ffn", "block"],
-}
+}  # fmt: skip
 
 
 # Settings of the trainer that a method has beside its tuner. `preserve` keeps the base for the empty caption alone, as
