@@ -41,4 +41,4 @@ def test_a_dora_is_written_in_kohyas_key_names(base, tmp_path):
 def test_a_tuner_cannot_be_exported_and_the_message_says_what_to_use():
     done = export("assets/anime_res_attn.safetensors")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "holds a res_attn_conv, which sdtune does not write in kohya's format; use sdtune's node" in done.stderr
+    assert "holds a res_attn_layer, which sdtune does not write in kohya's format; use sdtune's node" in done.stderr
