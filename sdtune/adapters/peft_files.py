@@ -3,21 +3,23 @@
 import re
 import tempfile
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..tuners.config import KINDS, LORAS
+from ..tuners.config import KINDS, LINEAR_LAYERS, LORAS
 from . import disk
 from .operations import CHILD_NAME
 from .peft_config import ResAttnConfig
 from .tuner_file import PEFT_FILE_NAME, TunerFile, write_tensors
 
 _LORA_A = ".lora_A.weight"
-# a key of a tuner: the path of the operation, and the parameter
+# a key of a tuner: the path of the operation, or of a layer of it, and the parameter; a layer's path is the longer one
+_PLACES = "|".join(re.escape(name) for name in (*chain(*LINEAR_LAYERS.values()), *LINEAR_LAYERS))
 _KEY = re.compile(
-    r"(.*\.transformer_blocks\.\d+(?:\.(?:attn1|attn2|ff))?|.*\.(?:conv1|conv2|conv_shortcut|proj_in|proj_out))\.(.+)"
+    rf"(.*\.transformer_blocks\.\d+(?:\.(?:{_PLACES}))?|.*\.(?:conv1|conv2|conv_shortcut|proj_in|proj_out))\.(.+)"
 )
 
 
