@@ -96,7 +96,7 @@ print(all(copy.tensors[k].equal(t) for k, t in file.tensors.items()), len(copy.t
 CODE = """
 import torch, sdtune
 pipe = sdtune.load_base("tiny-sd")
-sdtune.load_tuner(pipe, "assets/anime_res_attn.safetensors", adapter_name="anime")
+sdtune.load_tuner(pipe, {!r}, adapter_name="anime")
 pipe.unet.to(torch.{})
 x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(pipe.unet.dtype)
 text = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1)).to(x)
@@ -110,19 +110,30 @@ print("numba" in sys.modules)
 """
 
 
-def test_without_the_kernels_the_unet_computes_the_same_but_for_rounding(tmp_path):
+def compute(file, folder, setting: str, dtype: str = "float32"):
+    """What the UNet with a tuner predicts, and the tuner's gradient, with the kernels on or off, in double."""
     import torch
 
-    found = {}
-    for setting, dtype in (("on", "float32"), ("off", "float32"), ("off", "float64")):
-        path = tmp_path / f"{setting}-{dtype}.pt"
-        printed = run_blocking("", CODE.format(dtype, str(path)), SDTUNE_KERNELS=setting)
-        assert printed.split()[-1] == str(setting == "on")
-        found[setting, dtype] = [tensor.double() for tensor in torch.load(path)]
-    for on, off, true in zip(*found.values()):
-        assert not torch.equal(on, off)  # else the kernels were not used
-        assert (on - true).norm() < 1e-3 * true.norm()
-        assert (on - true).norm() < 2 * (off - true).norm()  # no less exact than PyTorch's own
+    path = folder / f"{setting}-{dtype}.pt"
+    printed = run_blocking("", CODE.format(str(file), dtype, str(path)), SDTUNE_KERNELS=setting)
+    assert printed.split()[-1] == str(setting == "on")
+    return [tensor.double() for tensor in torch.load(path)]
+
+
+def test_without_the_kernels_the_unet_computes_the_same_but_for_rounding(files, tmp_path):
+    for on, off in zip(*(compute(files / "two.safetensors", tmp_path, setting) for setting in ("on", "off"))):
+        assert not on.equal(off)  # else the kernels were not used
+        assert (on - off).norm() < 1e-4 * off.norm()
+
+
+def test_with_the_kernels_the_bundled_tuner_is_computed_as_exactly_as_without(tmp_path):
+    """PyTorch's own gradient in fp32 is 4e-4 from that in fp64 for this tuner, which is within the attention."""
+    file = ROOT / "assets/anime_res_attn.safetensors"
+    on, off, true = (compute(file, tmp_path, *how) for how in (("on",), ("off",), ("off", "float64")))
+    assert (on[0] - off[0]).norm() < 1e-4 * off[0].norm()
+    for fast, plain, exact in zip(on, off, true):
+        assert not fast.equal(plain)
+        assert (fast - exact).norm() < (plain - exact).norm() + 1e-4 * exact.norm()
 
 
 def test_a_wrong_setting_of_the_kernels_is_refused(monkeypatch):

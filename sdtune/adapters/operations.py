@@ -236,7 +236,7 @@ _VISION_LINEAR_LAYERS = {
     "attn1": tuple(f"attention.{name}_proj" for name in "qkvo"),
     "ff": ("mlp.fc1", "mlp.fc2"),
 }
-_VISION_LORA_LAYERS = {"attn1": ("attention.q_proj", "attention.v_proj"), "ff": ("mlp.fc1", "mlp.fc2")}
+_VISION_LORA_LAYERS = _VISION_LINEAR_LAYERS | {"attn1": ("attention.q_proj", "attention.v_proj")}
 
 
 def lora_layer_names(model: nn.Module, config: TunerConfig) -> list[str]:

@@ -36,10 +36,10 @@ from ..kernels.cuda import graphs
 from ..training import dataset, trainer
 from ..training.buckets import AspectBuckets
 from ..training.config import TrainConfig
-from ..tuners.config import TunerConfig
+from ..tuners.config import RES_ATTN_LAYER, TunerConfig
 
 REFERENCE, RES_ATTN, LORA, FLOOR = "reference", "res_attn", "lora", "floor"
-RES_ATTN_LAYER, BYPASS = "res_attn_layer", "bypass"
+BYPASS = "bypass"
 DIFFUSERS_BASE, BASE, FUSED = "plain", "base", "lora_fused"
 CANDIDATES = {
     "train": {REFERENCE: "diffusers' script, LoRA r 4", RES_ATTN: "sdtune, Res-Attn",
@@ -92,7 +92,7 @@ class Job:
         )  # fmt: skip
         tuners = {
             LORA: dict(kind="lora", rank=4, ops=["attn1", "attn2"]),
-            RES_ATTN_LAYER: dict(kind="res_attn_layer"),
+            RES_ATTN_LAYER: dict(kind=RES_ATTN_LAYER),
             BYPASS: dict(kind="bypass", length=79),  # on tiny-sd as many parameters as Res-Attn
         }
         return config, TunerConfig(**(self.tuner or tuners.get(self.name, {})))

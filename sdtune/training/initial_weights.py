@@ -34,8 +34,10 @@ def load_initial_weights(path: str, config: TunerConfig, weights: dict[str, torc
     if file.config.rank != config.rank or file.config.num_heads != config.num_heads:
         _check_keys(path, file, expected)
         for key, tensor in weights.items():
-            grow = _grow_lora if config.kind in LORAS or tensor.ndim == 4 else _grow_res_attn
-            grow = _grow_res_attn_layer if config.kind == RES_ATTN_LAYER else grow
+            if config.kind == RES_ATTN_LAYER:
+                grow = _grow_res_attn_layer
+            else:
+                grow = _grow_lora if config.kind in LORAS or tensor.ndim == 4 else _grow_res_attn
             grow(tensor, file.tensors[key].to(tensor), key, file.config, config)
         return
     tuner_file.check_fits(file, expected, path)

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel, get_peft_model, mapping
 
 import sdtune
-from sdtune.adapters import api, peft_registration
+from sdtune.adapters import api, peft_registration, tuner_file
+from sdtune.adapters.peft_files import save_peft_files
 from sdtune.tuners.config import KINDS
 
 
@@ -45,6 +46,9 @@ def test_peft_gives_the_same_bits_as_load_tuner_and_saves_and_loads(base, kind, 
     other = copy.deepcopy(base.unet)
     sdtune.load_tuner(other, file)
     assert torch.equal(predict(other), tuned)
+
+    save_peft_files(tmp_path, tuner_file.load(file))  # what a training run leaves for PEFT
+    assert torch.equal(predict(PeftModel.from_pretrained(copy.deepcopy(base.unet), tmp_path)), tuned)
 
     model.save_pretrained(tmp_path / "peft")
     assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["kind"] == kind
