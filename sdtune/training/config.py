@@ -35,6 +35,10 @@ class TrainConfig:
     gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
     init: str | None = _option(None, "a tuner file to start from; its kind, rank and layers are taken over, or the "
                                "rank is made greater with --rank")  # fmt: skip
+    gradient_start: bool | None = _option(
+        None, "start the first projection of each tuner in the directions on which the loss of the first batches "
+        f"depends most; default: for {DEFAULT_KIND}"
+    )  # fmt: skip
     optimizer: Literal["adamw", "prodigy"] = _option(
         "adamw", "prodigy chooses the learning rate by itself (arXiv 2306.06101); learning_rate then multiplies it"
     )

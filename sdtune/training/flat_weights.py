@@ -16,7 +16,7 @@ class FlatWeights:
 
     Attributes:
         vector: all weights, (n,). Its gradient must be set to zero and never to None, as views of it are in use.
-        named: the views of the vector by the names of the parameters.
+        named, gradients: the views of the vector, and of its gradient, by the names of the parameters.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter]):
@@ -25,8 +25,9 @@ class FlatWeights:
         self.vector.grad = torch.zeros_like(self.vector)
         self.half = None if dtype == torch.float32 else self.vector.detach().to(dtype)
         self.named = dict(zip(parameters, self._split(self.vector.detach())))
+        self.gradients = dict(zip(parameters, self._split(self.vector.grad)))
         views = self._split(self.vector.detach() if self.half is None else self.half)
-        for p, view, gradient in zip(self.parameters, views, self._split(self.vector.grad)):
+        for p, view, gradient in zip(self.parameters, views, self.gradients.values()):
             p.data = view
             p.grad = gradient if self.half is None else None
 

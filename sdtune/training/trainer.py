@@ -22,7 +22,7 @@ from ..bases import load, properties
 from ..inference import grids, plots
 from ..kernels.cuda import graphs
 from ..tuners.config import TunerConfig
-from . import checkpoints, initial_weights, preservation, run_folder, setup
+from . import checkpoints, gradient_start, initial_weights, preservation, run_folder, setup
 from .accelerator import create_accelerator
 from .buckets import AspectBuckets
 from .checkpoints import CheckpointState
@@ -74,6 +74,8 @@ class Trainer:
         self.accelerator = accelerator = create_accelerator(config)
         self.is_main, device = accelerator.is_main_process, accelerator.device
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+        starts_from_gradients = gradient_start.is_wanted(config, tuner)
 
         # data
         pairs, heldout = setup.read_pairs(config, buckets, self._print)
@@ -137,6 +139,10 @@ class Trainer:
             self._print(f"note: {line}")
         self._print(setup.describe_run(self.weights.vector, accelerator, self.scheduler))
         set_training_mode(unet, True)
+        if starts_from_gradients and not checkpoint:
+            self._print("finding the directions on which the loss depends most")
+            gradient_start.start_from_gradients(self)
+            self.good_weights.copy_(self.weights.vector.detach())
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.is_main)
 
     def _print(self, text: str) -> None:
@@ -152,11 +158,9 @@ class Trainer:
         On a GPU it returns before the device has finished. The losses of a step are read during the next one.
         """
         accelerator, vector = self.accelerator, self.weights.vector
-        images, batches = self.next_batches or self._sample_batches(self.done)
-        losses = torch.cat([accelerator.gather(self.train_on_batch(**batch)) for batch in batches])
+        images, batches = self.next_batches or self.sample_batches(self.done)
+        losses = self.add_gradients(batches)
         self._keep_good_weights(losses)
-        if accelerator.num_processes > 1:
-            vector.grad.copy_(accelerator.reduce(vector.grad, "mean"))
         if self.config.max_grad_norm:
             accelerator.clip_grad_norm_([vector], self.config.max_grad_norm)
         self.optimizer.step()
@@ -167,7 +171,7 @@ class Trainer:
         learning_rate = self.lr_scheduler.get_last_lr()[0] * self.optimizer.param_groups[0].get("d", 1.0)
         self.lr_scheduler.step()  # also where loss scaling skipped the update, so that the schedule ends on time
 
-        self.next_batches = self._sample_batches(self.done + 1)
+        self.next_batches = self.sample_batches(self.done + 1)
         self.read_pending_losses()
         copied = torch.cuda.Event() if losses.is_cuda else None
         on_cpu = losses.to("cpu", non_blocking=True)
@@ -178,7 +182,15 @@ class Trainer:
         else:
             self.read_pending_losses()
 
-    def _sample_batches(self, step: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+    def add_gradients(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Adds the mean gradient of these batches of every process to that of the weights; the loss of each image."""
+        accelerator, vector = self.accelerator, self.weights.vector
+        losses = torch.cat([accelerator.gather(self.train_on_batch(**batch)) for batch in batches])
+        if accelerator.num_processes > 1:
+            vector.grad.copy_(accelerator.reduce(vector.grad, "mean"))
+        return losses
+
+    def sample_batches(self, step: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
         """The image numbers of a step, for all processes together, and this process's arguments of `train_on_batch`."""
         config, encoded, processes = self.config, self.encoded, self.accelerator.num_processes
         size, count = config.batch_size, config.gradient_accumulation_steps

@@ -1,0 +1,70 @@
+"""Starts the first projection of a tuner in the directions of its input on which the loss depends most.
+
+The loss falls fastest along the gradient of a frozen layer's weight. LoRA-GA (arXiv 2407.05000) and LoRA-One (arXiv
+2502.01235) start a LoRA in the singular vectors of that gradient. Here only its input side is used, so that a tuner is
+still zero at the start, and the gradient itself is never stored: with `down` at zero and random `o`, which gives a
+result of zero, the gradient of `down` is a random sketch of it.
+"""
+
+import torch
+
+from ..tuners.config import LORAS, RES_ATTN_LAYER, TunerConfig
+from .buckets import mix_seed
+from .config import TrainConfig
+from .errors import TrainError
+
+KINDS = (RES_ATTN_LAYER, *LORAS)  # those that are beside layers, each with two projections
+BATCHES = 8  # whose gradients are used; each costs as much as a training step
+# the ends of the names of a tuner's two projections: of `ResAttnLayer`, and of a LoRA
+_PROJECTIONS = {".down.weight": ".o.weight", ".lora_A.weight": ".lora_B.weight"}
+
+
+def is_wanted(config: TrainConfig, tuner: TunerConfig) -> bool:
+    """Whether a run starts so: where `config.gradient_start` says nothing, with `ResAttnLayer` alone.
+
+    Raises:
+        TrainError: if it is wanted and the kind of tuner cannot, or the run starts from a file.
+    """
+    if not config.gradient_start:
+        return config.gradient_start is None and tuner.kind == RES_ATTN_LAYER and not config.init
+    if tuner.kind not in KINDS:
+        raise TrainError(f"gradient_start is for {', '.join(KINDS)}, and the tuner is {tuner.kind}; leave it out")
+    if config.init:
+        raise TrainError(f"gradient_start is for a fresh tuner, and this run starts from {config.init}; leave it out")
+    return True
+
+
+def start_from_gradients(trainer) -> None:
+    """Sets the first projections of a fresh tuner by the gradients of the first batches; the second stay zero.
+
+    The rows of a first projection become orthonormal: the first right singular vectors of all sketches together.
+    Batches whose gradients are not finite are left out.
+
+    Args:
+        trainer: a `Trainer` before its first step.
+    """
+    weights, named = trainer.weights, trainer.weights.named
+    pairs = {
+        name: name.removesuffix(end) + other
+        for name in named
+        for end, other in _PROJECTIONS.items()
+        if name.endswith(end) and name.removesuffix(end) + other in named
+    }
+    sketches: dict[str, list[torch.Tensor]] = {name: [] for name in pairs}
+    for name in pairs:
+        named[name].zero_()
+    for step in range(BATCHES):
+        generator = torch.Generator().manual_seed(mix_seed(trainer.config.seed, step, 7))
+        for second in pairs.values():
+            random = torch.randn(named[second].shape, generator=generator)
+            named[second].copy_(random * len(random) ** -0.5)
+        trainer.add_gradients(trainer.sample_batches(step)[1])
+        if torch.isfinite(weights.vector.grad).all():
+            for name in pairs:
+                sketches[name].append(weights.gradients[name].clone())
+        weights.vector.grad.zero_()
+    for name, second in pairs.items():
+        named[second].zero_()
+        if sketches[name]:
+            directions = torch.linalg.svd(torch.cat(sketches[name]), full_matrices=False).Vh
+            named[name].copy_(directions[: len(named[name])])
