@@ -14,6 +14,7 @@ GROUPS = {
     "fourfold": ["res_attn_layer_fourfold", "lora_ff_fourfold", "8x8", "res_attn_conv_fourfold", "lora_conv_fourfold"],
     "dual": ["res_attn", "dual", "dual_swapped"],
     "training": ["res_attn", "no_dropout", "preserve", "prodigy", "ema"],
+    "start": ["res_attn_layer", "res_attn_layer_random", "lora_ff_gradient", "lora_ff"],
     "ablation": ["res_attn", "2x4", "8x4", "8x8", "mha", "ffn", "block"],
 }  # fmt: skip
 
@@ -25,6 +26,8 @@ TRAINING = {
     "preserve": {"caption_dropout": 0.0, "preserve": 1.0},
     "prodigy": {"optimizer": "prodigy"},
     "ema": {"ema_decay": 0.99},
+    "res_attn_layer_random": {"gradient_start": False},
+    "lora_ff_gradient": {"gradient_start": True},
 }
 
 
@@ -45,7 +48,7 @@ def methods(unet) -> dict[str, TunerConfig]:
     fourfold = partial(matched, "rank", target=TunerConfig(rank=8, num_heads=8))
     attention = ["attn1", "attn2"]
     with_conv = [*attention, "ff", "conv"]
-    return {
+    found = {
         "res_attn": TunerConfig(),
         "res_attn_text": matched("rank", kind="res_attn_text"),
         "res_attn_conv": matched("rank", kind="res_attn_conv"),
@@ -73,7 +76,7 @@ def methods(unet) -> dict[str, TunerConfig]:
         "lora_conv_half": half(kind="lora", ops=with_conv),
         "lora_conv_fourfold": fourfold(kind="lora", ops=with_conv),
         "full": TunerConfig(kind="full"),
-        **{name: TunerConfig() for name in TRAINING},
+        **{name: TunerConfig() for name in GROUPS["training"]},
         "2x4": TunerConfig(rank=2),
         "8x4": TunerConfig(rank=8),
         "8x8": TunerConfig(rank=8, num_heads=8),
@@ -81,3 +84,4 @@ def methods(unet) -> dict[str, TunerConfig]:
         "ffn": TunerConfig(ops=["ff"]),
         "block": TunerConfig(ops=["block"]),
     }
+    return found | {"res_attn_layer_random": found["res_attn_layer"], "lora_ff_gradient": found["lora_ff"]}
