@@ -1,4 +1,4 @@
-"""Creates the Accelerator of a run: device, precision, and on a CPU the number of threads."""
+"""The Accelerator of a run: device, precision, on a CPU the number of threads, and what processes tell each other."""
 
 import os
 
@@ -39,6 +39,13 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
             # `accelerate launch` without --cpu sets OMP_NUM_THREADS=1, which is meant for machines with GPUs
             torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return accelerator
+
+
+def max_over_processes(accelerator: Accelerator, number: int) -> int:
+    """The greatest `number` of all processes; the same result in each of them."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def _check_tracker(name: str | None) -> None:

@@ -7,6 +7,7 @@ from .. import extras
 from ..adapters import hub, tuner_file
 from ..tuners.config import TunerConfig
 from . import checkpoints, run_folder
+from .accelerator import max_over_processes
 from .config import TrainConfig
 from .errors import Stopped
 from .signals import CatchSignals
@@ -58,7 +59,8 @@ def _run(trainer: Trainer, on_step: Callable[[int, float], bool | None] | None) 
             stop_requested = on_step and has_new_loss and on_step(len(trainer.losses), trainer.losses[-1])
             if trainer.done == config.steps:
                 trainer.save_result()
-            stop = trainer.max_over_processes(signals.number or (signal.SIGTERM if stop_requested else 0))
+            own = signals.number or (signal.SIGTERM if stop_requested else 0)
+            stop = max_over_processes(trainer.accelerator, own)
             if checkpoint_due or stop:
                 trainer.write_checkpoint()
             if stop:

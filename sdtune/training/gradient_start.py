@@ -7,6 +7,7 @@ result of zero, the gradient of `down` is a random sketch of it.
 """
 
 import torch
+from tqdm.auto import tqdm
 
 from ..tuners.config import LORAS, RES_ATTN_LAYER, TunerConfig
 from .buckets import mix_seed
@@ -37,34 +38,38 @@ def is_wanted(config: TrainConfig, tuner: TunerConfig) -> bool:
 def start_from_gradients(trainer) -> None:
     """Sets the first projections of a fresh tuner by the gradients of the first batches; the second stay zero.
 
-    The rows of a first projection become orthonormal: the first right singular vectors of all sketches together.
-    Batches whose gradients are not finite are left out.
+    The rows of a first projection become the first right singular vectors of all sketches together. Rows beyond the
+    width of its input, and all rows if no gradient is finite, stay random.
 
     Args:
         trainer: a `Trainer` before its first step.
     """
     weights, named = trainer.weights, trainer.weights.named
-    pairs = {
+    seconds = {
         name: name.removesuffix(end) + other
         for name in named
         for end, other in _PROJECTIONS.items()
         if name.endswith(end) and name.removesuffix(end) + other in named
     }
-    sketches: dict[str, list[torch.Tensor]] = {name: [] for name in pairs}
-    for name in pairs:
+    random_start = {name: named[name].clone() for name in seconds}
+    for name in seconds:
         named[name].zero_()
-    for step in range(BATCHES):
+    sketches = []
+    for step in tqdm(range(BATCHES), desc="gradient start", unit="batch", disable=not trainer.is_main):
         generator = torch.Generator().manual_seed(mix_seed(trainer.config.seed, step, 7))
-        for second in pairs.values():
+        for second in seconds.values():
             random = torch.randn(named[second].shape, generator=generator)
             named[second].copy_(random * len(random) ** -0.5)
         trainer.add_gradients(trainer.sample_batches(step)[1])
         if torch.isfinite(weights.vector.grad).all():
-            for name in pairs:
-                sketches[name].append(weights.gradients[name].clone())
+            sketches.append({name: weights.gradients[name].flatten(1).clone() for name in seconds})
         weights.vector.grad.zero_()
-    for name, second in pairs.items():
+    for name, second in seconds.items():
         named[second].zero_()
-        if sketches[name]:
-            directions = torch.linalg.svd(torch.cat(sketches[name]), full_matrices=False).Vh
-            named[name].copy_(directions[: len(named[name])])
+        named[name].copy_(random_start[name])
+        if sketches:
+            directions = torch.linalg.svd(torch.cat([of[name] for of in sketches]), full_matrices=False).Vh
+            # the sign of a singular vector is arbitrary; this one does not hang on rounding
+            directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+            rows = min(len(directions), len(named[name]))
+            named[name][:rows] = directions[:rows].view(rows, *named[name].shape[1:])

@@ -23,7 +23,7 @@ from ..inference import grids, plots
 from ..kernels.cuda import graphs
 from ..tuners.config import TunerConfig
 from . import checkpoints, gradient_start, initial_weights, preservation, run_folder, setup
-from .accelerator import create_accelerator
+from .accelerator import create_accelerator, max_over_processes
 from .buckets import AspectBuckets
 from .checkpoints import CheckpointState
 from .config import TrainConfig
@@ -74,7 +74,6 @@ class Trainer:
         self.accelerator = accelerator = create_accelerator(config)
         self.is_main, device = accelerator.is_main_process, accelerator.device
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
         starts_from_gradients = gradient_start.is_wanted(config, tuner)
 
         # data
@@ -108,6 +107,8 @@ class Trainer:
         self.saved_tensor_hooks = setup.saved_tensor_hooks(unet, tuner)
         use_graph = device.type == "cuda" and kernels.is_enabled()
         self.train_on_batch = graphs.CudaGraphed(self._compute_gradients) if use_graph else self._compute_gradients
+        if starts_from_gradients and not checkpoint:
+            gradient_start.start_from_gradients(self)
 
         # optimizer, previews, held-out loss
         learning_rate = config.learning_rate or setup.default_learning_rate(config, unet, tuner)
@@ -139,10 +140,6 @@ class Trainer:
             self._print(f"note: {line}")
         self._print(setup.describe_run(self.weights.vector, accelerator, self.scheduler))
         set_training_mode(unet, True)
-        if starts_from_gradients and not checkpoint:
-            self._print("finding the directions on which the loss depends most")
-            gradient_start.start_from_gradients(self)
-            self.good_weights.copy_(self.weights.vector.detach())
         self.bar = tqdm(total=config.steps, initial=self.done, desc="training", unit="step", disable=not self.is_main)
 
     def _print(self, text: str) -> None:
@@ -262,12 +259,6 @@ class Trainer:
         if self.config.report_to:
             self.accelerator.log({"loss": self.losses[-1], "lr": learning_rate}, step=step + 1)
 
-    def max_over_processes(self, number: int) -> int:
-        """The greatest `number` of all processes; the same result in each of them."""
-        if self.accelerator.num_processes == 1:
-            return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
     # ------------------------------------------------------------------------- previews and the stopping rule
 
     def preview_and_check_stopping(self) -> bool:
@@ -275,7 +266,7 @@ class Trainer:
         every = self.config.preview_every
         if every and self.done % every == 0 and self.done < self.config.steps:
             self._draw_preview(self.output / "previews" / f"step-{self.done:06d}.png")
-        return bool(self.config.stop_when and self.max_over_processes(self._is_memorising()))
+        return bool(self.config.stop_when and max_over_processes(self.accelerator, self._is_memorising()))
 
     def _is_memorising(self) -> bool:
         """Whether the held-out loss has risen; it is measured 20 times in a run."""
