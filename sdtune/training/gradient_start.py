@@ -35,7 +35,7 @@ def is_wanted(config: TrainConfig, tuner: TunerConfig) -> bool:
     return True
 
 
-def start_from_gradients(trainer) -> None:
+def start_from_gradients(trainer) -> bool:
     """Sets the first projections of a fresh tuner by the gradients of the first batches; the second stay zero.
 
     The rows of a first projection become the first right singular vectors of all sketches together. Rows beyond the
@@ -43,6 +43,9 @@ def start_from_gradients(trainer) -> None:
 
     Args:
         trainer: a `Trainer` before its first step.
+
+    Returns:
+        Whether any gradient was finite.
     """
     weights, named = trainer.weights, trainer.weights.named
     seconds = {
@@ -73,3 +76,4 @@ def start_from_gradients(trainer) -> None:
             directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
             rows = min(len(directions), len(named[name]))
             named[name][:rows] = directions[:rows].view(rows, *named[name].shape[1:])
+    return bool(sketches)

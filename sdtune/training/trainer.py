@@ -107,8 +107,8 @@ class Trainer:
         self.saved_tensor_hooks = setup.saved_tensor_hooks(unet, tuner)
         use_graph = device.type == "cuda" and kernels.is_enabled()
         self.train_on_batch = graphs.CudaGraphed(self._compute_gradients) if use_graph else self._compute_gradients
-        if starts_from_gradients and not checkpoint:
-            gradient_start.start_from_gradients(self)
+        if starts_from_gradients and not checkpoint and not gradient_start.start_from_gradients(self):
+            self._print("note: the first batches had no finite gradient, so the tuner starts at random")
 
         # optimizer, previews, held-out loss
         learning_rate = config.learning_rate or setup.default_learning_rate(config, unet, tuner)

@@ -15,8 +15,8 @@ class ResAttnLayer(Tuner):
     In x' = OP(x) + tuner(x) the OP is here a single projection of attention or feed-forward, as it is for a LoRA (arXiv
     2106.09685), whose form o(down(x)) is. Each head has maps q, k and v from its own `rank` channels of z to `rank`
     numbers. `down` starts Gaussian with a variance of 1 / features in, q and k with one of 1 / rank, v and `o` at zero:
-    v, so that training begins as a LoRA's. For a UNet `training.gradient_start` then chooses other rows of `down`. Parameters: rank * num_heads * (features in + features out), and
-    3 * rank² * num_heads where it attends.
+    v, so that training begins as a LoRA's. For a UNet `training.gradient_start` then chooses other rows of `down`.
+    Parameters: rank * num_heads * (features in + features out), and 3 * rank² * num_heads where it attends.
 
     Args:
         layer: the frozen `nn.Linear`.

@@ -74,10 +74,8 @@ def test_a_resumed_run_keeps_its_start(pairs, tmp_path):
     assert have_equal_tensors(last_checkpoint(tmp_path / "broken/run"), last_checkpoint(tmp_path / "whole/run"))
 
 
-def test_without_a_finite_gradient_the_start_is_random(pairs, tmp_path, monkeypatch):
+def test_without_a_finite_gradient_the_start_is_random_and_the_run_says_so(pairs, tmp_path, monkeypatch, capsys):
     random = prepared(pairs, tmp_path / "random", LAYER, gradient_start=False).weights.vector
-    monkeypatch.setattr("sdtune.training.trainer.training_loss",
-                        lambda *args: torch.full((2,), float("nan"), requires_grad=True))  # fmt: skip
     compute = Trainer._compute_gradients
 
     def without_gradient(self, **batch):
@@ -87,6 +85,7 @@ def test_without_a_finite_gradient_the_start_is_random(pairs, tmp_path, monkeypa
 
     monkeypatch.setattr(Trainer, "_compute_gradients", without_gradient)
     assert torch.equal(prepared(pairs, tmp_path / "nan", LAYER).weights.vector, random)
+    assert "the first batches had no finite gradient, so the tuner starts at random" in capsys.readouterr().out
 
 
 def test_it_is_refused_where_it_has_no_meaning(pairs, files, tmp_path):
