@@ -16,6 +16,8 @@ from .errors import TrainError
 
 KINDS = (RES_ATTN_LAYER, *LORAS)  # those that are beside layers, each with two projections
 BATCHES = 8  # whose gradients are used; each costs as much as a training step
+# singular values below this share of the greatest of all layers are rounding, as where there is one token alone
+_NEGLIGIBLE = 1e-6
 # the ends of the names of a tuner's two projections: of `ResAttnLayer`, and of a LoRA
 _PROJECTIONS = {".down.weight": ".o.weight", ".lora_A.weight": ".lora_B.weight"}
 
@@ -39,7 +41,7 @@ def start_from_gradients(trainer) -> bool:
     """Sets the first projections of a fresh tuner by the gradients of the first batches; the second stay zero.
 
     The rows of a first projection become the first right singular vectors of all sketches together. Rows beyond the
-    width of its input, and all rows if no gradient is finite, stay random.
+    width of its input or without a gradient, and all rows if no gradient is finite, stay random.
 
     Args:
         trainer: a `Trainer` before its first step.
@@ -67,13 +69,16 @@ def start_from_gradients(trainer) -> bool:
         if torch.isfinite(weights.vector.grad).all():
             sketches.append({name: weights.gradients[name].flatten(1).clone() for name in seconds})
         weights.vector.grad.zero_()
+    found = {name: torch.linalg.svd(torch.cat([of[name] for of in sketches]), full_matrices=False)[1:]
+             for name in seconds if sketches}  # fmt: skip
+    least = _NEGLIGIBLE * max((values[0] for values, _ in found.values()), default=0)
     for name, second in seconds.items():
         named[second].zero_()
         named[name].copy_(random_start[name])
-        if sketches:
-            directions = torch.linalg.svd(torch.cat([of[name] for of in sketches]), full_matrices=False).Vh
+        if name in found:
+            values, directions = found[name]
+            rows = min(len(named[name]), int((values > least).sum()))
             # the sign of a singular vector is arbitrary; this one does not hang on rounding
             directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
-            rows = min(len(directions), len(named[name]))
             named[name][:rows] = directions[:rows].view(rows, *named[name].shape[1:])
     return bool(sketches)

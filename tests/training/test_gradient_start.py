@@ -35,7 +35,8 @@ def test_the_tuner_is_zero_and_the_loss_depends_more_on_it(base, pairs, tmp_path
     for name, weight in ours.weights.named.items():
         if name.endswith(FIRST):
             rows = weight.flatten(1)
-            assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-4)
+            if not name.startswith("mid_block"):  # where few tokens give few directions at 64 px
+                assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-4)
         if name.endswith(SECOND):
             assert not weight.any()
     assert not ours.weights.vector.grad.any()
@@ -65,6 +66,15 @@ def test_rows_beyond_the_width_of_the_input_stay_random_and_can_learn(pairs, tmp
     trainer = prepared(pairs, tmp_path, sdtune.TunerConfig("res_attn_layer", rank=60))  # 240 rows; the widths are 96 up
     widest = [w for name, w in trainer.weights.named.items() if name.endswith(".down.weight") and w.shape[1] == 96]
     assert widest and all(w.any(dim=1).all() for w in widest)
+
+
+def test_a_layer_on_which_the_loss_does_not_depend_stays_random(pairs, tmp_path):
+    """At 64 px the innermost attention has one token, whose attention is 1 whatever q and k are."""
+    ours = prepared(pairs, tmp_path / "ours", LAYER).weights.named
+    random = prepared(pairs, tmp_path / "random", LAYER, gradient_start=False).weights.named
+    first = [name for name in ours if name.endswith(FIRST)]
+    same = {name for name in first if torch.equal(ours[name], random[name])}
+    assert same == {f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{x}.down.weight" for x in "qk"}
 
 
 def test_a_resumed_run_keeps_its_start(pairs, tmp_path):
