@@ -48,20 +48,23 @@ def methods(unet) -> dict[str, TunerConfig]:
     fourfold = partial(matched, "rank", target=TunerConfig(rank=8, num_heads=8))
     attention = ["attn1", "attn2"]
     with_conv = [*attention, "ff", "conv"]
-    found = {
+    layer, lora_ff = matched("rank", kind="res_attn_layer", num_heads=1), matched("rank", kind="lora")
+    return {
         "res_attn": TunerConfig(),
         "res_attn_text": matched("rank", kind="res_attn_text"),
         "res_attn_conv": matched("rank", kind="res_attn_conv"),
         "res_attn_values": TunerConfig(kind="res_attn_conv", ops=[*attention, "ff"]),
         "low_rank_conv": matched("rank", kind="res_attn_conv", ops=["conv"]),
-        "res_attn_layer": matched("rank", kind="res_attn_layer", num_heads=1),
+        "res_attn_layer": layer,
+        "res_attn_layer_random": layer,
         "res_adapter": matched("length", kind="res_adapter"),
         "res_prefix": matched("length", kind="res_prefix"),
         "res_prompt": matched("length", kind="res_prompt"),
         "dual": matched("length", kind="res_attn", ffn_kind="res_adapter"),
         "dual_swapped": matched("length", kind="res_adapter", ffn_kind="res_attn"),
         "lora": matched("rank", kind="lora", ops=attention),
-        "lora_ff": matched("rank", kind="lora"),
+        "lora_ff": lora_ff,
+        "lora_ff_gradient": lora_ff,
         "lora_conv": matched("rank", kind="lora", ops=with_conv),
         "dora": matched("rank", kind="dora", ops=attention),
         "dora_ff": matched("rank", kind="dora"),
@@ -84,4 +87,3 @@ def methods(unet) -> dict[str, TunerConfig]:
         "ffn": TunerConfig(ops=["ff"]),
         "block": TunerConfig(ops=["block"]),
     }
-    return found | {"res_attn_layer_random": found["res_attn_layer"], "lora_ff_gradient": found["lora_ff"]}

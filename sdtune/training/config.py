@@ -37,8 +37,8 @@ class TrainConfig:
                                "rank is made greater with --rank")  # fmt: skip
     gradient_start: bool | None = _option(
         None, "start the first projection of each tuner in the directions on which the loss of the first batches "
-        f"depends most, which takes as long as eight steps; possible for {DEFAULT_KIND}, lora and dora; default: for "
-        f"{DEFAULT_KIND}"
+        "depends most, which takes as long as eight steps; possible for res_attn_layer, lora and dora; default: for "
+        "res_attn_layer",
     )  # fmt: skip
     optimizer: Literal["adamw", "prodigy"] = _option(
         "adamw", "prodigy chooses the learning rate by itself (arXiv 2306.06101); learning_rate then multiplies it"
