@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..bases.properties import describe_base, get_unet
 from ..tuners.config import LORAS, NOAH, PEFT_METHODS, TunerConfig
@@ -23,7 +25,7 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
     """Loads a tuner file into a pipeline, under `adapter_name`, and makes it the active adapter.
 
     A LoRA file of another tool is loaded by diffusers' `load_lora_weights`. A warning says how to draw with a tuner
-    that was trained with another clip skip than the pipeline's last call had.
+    or LoRA whose file names another clip skip than the pipeline's last call had.
 
     Args:
         pipe: a diffusers pipeline with a `unet`, or the UNet itself, or a vision model of transformers.
@@ -38,12 +40,12 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
 
     Raises:
         TunerFileError: if the file cannot be used or does not fit this UNet; the pipeline is as it was.
-        ValueError: if the name is taken or cannot be one.
+        ValueError: if the name is taken or cannot be one, or the UNet's projections are fused.
     """
     hub.pop("low_cpu_mem_usage", None)
     name = attach_file(pipe, source, adapter_name, weight_name=weight_name, **hub)
-    trained, of_pipe = trained_clip_skip(pipe, name) or 1, (getattr(pipe, "_clip_skip", None) or 0) + 1
-    if trained != of_pipe:
+    trained, of_pipe = trained_clip_skip(pipe, name), (getattr(pipe, "_clip_skip", None) or 0) + 1
+    if trained and trained != of_pipe:
         warnings.warn(
             f"{name} was trained with clip skip {trained}, and a call of this pipeline draws with {of_pipe}; draw with "
             f"pipe(**sdtune.encode_prompt(pipe, prompt, negative_prompt)), or with sdtune.compare, which do so by "
@@ -53,10 +55,16 @@ def load_tuner(pipe, source, adapter_name: str | None = None, *, weight_name: st
 
 
 def trained_clip_skip(pipe, adapter_name: str) -> int | None:
-    """The clip skip that an attached tuner was trained with, as its file says; None if nothing says so."""
-    adapter = (getattr(get_unet(pipe), "peft_config", None) or {}).get(adapter_name)
+    """The clip skip that an attached tuner or LoRA was trained with, as its file says; None if nothing says so."""
+    adapter = _adapters(pipe).get(adapter_name)
     file = getattr(adapter, "file", None)
-    return file and file.clip_skip
+    return file.clip_skip if file else getattr(adapter, "clip_skip", None)
+
+
+def _adapters(pipe) -> dict:
+    """The adapters of the UNet, and those of the text encoder alone: name -> PEFT's configuration."""
+    models = (getattr(pipe, "text_encoder", None), get_unet(pipe))
+    return {n: c for model in models for n, c in (getattr(model, "peft_config", None) or {}).items()}
 
 
 def attach_file(
@@ -65,16 +73,24 @@ def attach_file(
     """`load_tuner` for callers that draw with the tuner's own clip skip: without the warning."""
     _replace_wrapper(pipe)
     unet = get_unet(pipe)
-    taken, name = getattr(unet, "peft_config", {}), adapter_name
+    taken, name = _adapters(pipe), adapter_name
     if name is None:
         name = next(n for n in map("tuner_{}".format, range(len(taken) + 1)) if n not in taken)
-    inject.check_new_name(unet, name)
+    inject.check_new_name(taken, name)
     path = tuner_file.find(source, weight_name, **hub)
     if tuner_file.is_plain_lora(path):
         _load_plain_lora(pipe, path, name)
         return name
     file = tuner_file.load(path)
-    tuner_file.check_family(file, describe_base(pipe), path)
+    base = describe_base(pipe)
+    tuner_file.check_family(file, base, path)
+    predicts = [b.get("prediction_type", "epsilon") for b in (file.base, base)]
+    if predicts[0] != predicts[1] and hasattr(pipe, "scheduler"):
+        warnings.warn(
+            f"{path} was trained on a base that predicts {predicts[0]}, and this pipeline's scheduler expects "
+            f"{predicts[1]}: its pictures will be wrong; load it into a base like {file.base.get('name', 'its own')}",
+            stacklevel=3,
+        )
     expected = expected_shapes(unet, file.config, inject.count_classes(file.tensors))
     tuner_file.check_fits(file, expected, path)
     _attach(pipe, file.config, name, file.tensors)
@@ -100,7 +116,9 @@ def _load_plain_lora(pipe, path: Path, name: str) -> None:
             raise tuner_file.TunerFileError(f"{path} is a LoRA that does not fit this base: {reason}") from error
     pipe.enable_lora()
     pipe.set_adapters(name)
-    diffusers_guards.guard_saving(pipe.unet)
+    _adapters(pipe)[name].clip_skip = foreign_lora.trained_clip_skip(path)
+    for model in models:
+        diffusers_guards.guard(model)
 
 
 def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tuner_0") -> str:
@@ -114,7 +132,7 @@ def add_tuner(pipe, config: TunerConfig | None = None, adapter_name: str = "tune
         ValueError: if the name is taken or cannot be one, or the UNet lacks the operations.
     """
     _replace_wrapper(pipe)
-    inject.check_new_name(get_unet(pipe), adapter_name)
+    inject.check_new_name(_adapters(pipe), adapter_name)
     _attach(pipe, config or TunerConfig(), adapter_name)
     return adapter_name
 
@@ -156,9 +174,11 @@ def tuner_parameters(pipe, adapter_name: str) -> dict[str, torch.nn.Parameter]:
 
 def _attach(pipe, config: TunerConfig, name: str, tensors: dict[str, torch.Tensor] | None = None) -> None:
     unet = get_unet(pipe)
+    diffusers_guards.check_projections(unet, tensors or expected_shapes(unet, config))
     with _offloading_paused(pipe):
         _adapter_module(config).add_adapter(unet, config, name, tensors)
-        diffusers_guards.guard_saving(unet)
+        if isinstance(unet, ModelMixin):  # a vision model's own `save_pretrained` stays as it is
+            diffusers_guards.guard(unet)
         if hasattr(pipe, "unet"):
             pipe.set_adapters(name)  # deactivates a LoRA in the text encoder, too
 
@@ -194,22 +214,31 @@ def save_tuner(
         tensors = {k: p.detach().cpu() for k, p in tuner_parameters(unet, adapter_name).items()}
     given = {"trigger_words": trigger_words, "training": training, "labels": labels}
     given = {name: value for name, value in given.items() if value is not None}
-    file = replace(old, config=config, tensors=tensors, base=describe_base(pipe), **given)
+    base = old.base or describe_base(pipe)
+    file = replace(old, config=config, tensors=tensors, base=base, **given)
     return tuner_file.save(path, file, dtype)
 
 
 def unload_tuner(pipe, adapter_name: str) -> None:
-    """Removes a tuner; after the last one the UNet is as it was before any was added.
+    """Removes a tuner, or a LoRA; after the last tuner the UNet is as it was before any was added.
 
     Raises:
-        ValueError: if no tuner of that name is attached.
+        ValueError: naming those that are there, if there is none of that name.
     """
-    config = tuner_config(pipe, adapter_name)
+    there, unet = _adapters(pipe), get_unet(pipe)
+    if adapter_name not in there:
+        names = ", ".join(map(repr, there)) or "none"
+        raise ValueError(f"no tuner named {adapter_name!r} is attached; attached adapters: {names}")
+    owner = pipe if hasattr(pipe, "unet") else None
     with _offloading_paused(pipe):
-        unet = get_unet(pipe)
-        _adapter_module(config).remove_adapter(unet, adapter_name, pipe if hasattr(pipe, "unet") else None)
-        if not getattr(unet, "peft_config", None):
-            unet.__dict__.pop("save_pretrained", None)
+        if hasattr(there[adapter_name], "tuner"):
+            module = _adapter_module(tuner_config(pipe, adapter_name))
+            module.remove_adapter(unet, adapter_name, owner)
+        else:  # a LoRA of another tool
+            (owner or unet).delete_adapters(adapter_name)
+        for model in filter(None, (unet, getattr(pipe, "text_encoder", None))):
+            if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+                diffusers_guards.remove_guard(model)
 
 
 def _replace_wrapper(pipe) -> None:

@@ -24,7 +24,7 @@ def export_to_kohya(source: str | Path, target: str | Path | None = None) -> Pat
         target: the file to write; by default "<name>-kohya.safetensors" beside it.
 
     Returns:
-        The path of the new file. sdtune itself does not read a DoRA back from it.
+        The path of the new file, which sdtune reads as it reads the files of other tools.
 
     Raises:
         TunerFileError: if the file is neither a LoRA nor a DoRA of sdtune.
@@ -47,9 +47,13 @@ def export_to_kohya(source: str | Path, target: str | Path | None = None) -> Pat
             ones = file.tensors[f"{path}.lora_B.weight"].dim() - 1
             name = f"lora_unet_{path.replace('.', '_')}.dora_scale"
             tensors[name] = tensor.reshape(-1, *[1] * ones).contiguous()
+    target = Path(target).expanduser() if target else source.with_name(f"{source.stem}-kohya.safetensors")
+    if target.exists() and target.samefile(source):
+        raise tuner_file.TunerFileError(
+            f"{target} is the file itself, which stays as it is; give --output another name"
+        )
     with safe_open(source, framework="pt") as f:
         metadata = {k: v for k, v in f.metadata().items() if not k.startswith("sdtune.format")}
-    target = Path(target) if target else source.with_name(f"{source.stem}-kohya.safetensors")
     tuner_file.write_tensors(target, tensors, metadata)
     return target
 

@@ -7,6 +7,7 @@ PEFT's OFT. A file is applied exactly or refused by one TunerFileError; layers t
 import json
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import foreign_oft
+from .diffusers_guards import check_projections
 from .tuner_file import TunerFileError, list_some
 
 _PART = re.compile(
@@ -153,6 +155,8 @@ def _split(key: str) -> tuple[str, str | None, str | None]:
         return model, None, None
     part = match["part"]
     if part.startswith(("lora_A", "lora_B")):
+        if part.endswith(".bias"):
+            return model, None, None
         part = part[5]
     elif part.startswith("lora_magnitude_vector"):
         part = "magnitude"
@@ -241,9 +245,9 @@ def _check_shapes(found: ForeignLora, shapes: dict, known: dict) -> None:
                     wrong.append(f"{path} has only {', '.join(sorted(parts))}")
                     continue
                 found.rank = max([found.rank, *(shapes[parts[p]][0] for p in ("lokr_w1_b", "lokr_w2_b") if p in parts)])
-                sizes = [_product_shape(shapes, parts, f"lokr_{w}") for w in ("w1", "w2")]
+                made = _lokr_shape(shapes, parts)
                 if "lokr_t2" not in parts and (
-                    None in sizes or wide and len(wide) == 2 and tuple(x * y for x, y in zip(*sizes)) != wide
+                    made is None or wide and (made[0], _count(made)) != (wide[0], _count(wide))
                 ):
                     wrong.append(f"{path} has parts that make no matrix of this base's layer")
             if found.kind in ("LoHa", "LoKr") and "magnitude" in parts:
@@ -268,10 +272,19 @@ def _loha_factor(shapes: dict, parts: dict[str, str], number: str, wide: tuple |
     return (a[1], b[1], *core[2:]) if fits else None
 
 
-def _product_shape(shapes: dict, parts: dict[str, str], name: str) -> tuple[int, ...] | None:
+def _lokr_shape(shapes: dict, parts: dict[str, str]) -> tuple[int, ...] | None:
+    """The shape of the Kronecker product of LoKr's two factors, the second of which may be a kernel; None if a factor
+    has parts that do not fit each other."""
+    first, second = (_lokr_factor(shapes, parts, f"lokr_{w}") for w in ("w1", "w2"))
+    if first is None or second is None or len(first) != 2:
+        return None
+    return (first[0] * second[0], first[1] * second[1], *second[2:])
+
+
+def _lokr_factor(shapes: dict, parts: dict[str, str], name: str) -> tuple[int, ...] | None:
     """The shape of a LoKr's factor, which is stored whole or as a product of two matrices; None if they do not fit."""
     if name in parts:
-        return shapes[parts[name]] if len(shapes[parts[name]]) == 2 else None
+        return shapes[parts[name]] if len(shapes[parts[name]]) in (2, 4) else None
     a, b = shapes[parts[f"{name}_a"]], shapes[parts[f"{name}_b"]]
     return (a[0], b[1]) if len(a) == len(b) == 2 and a[1] == b[0] else None
 
@@ -285,6 +298,10 @@ def _is_per_output(shape: tuple[int, ...], wide: tuple[int, ...]) -> bool:
     return shape in ((out,), (out, *ones)) or len(wide) == 4 and shape == (1, out, 1, 1)
 
 
+def _has_rank(parts: dict[str, str]) -> bool:
+    return not {"lokr_w1", "lokr_w2"} <= parts.keys()
+
+
 def _count(shape) -> int:
     return int(torch.Size(shape).numel())
 
@@ -295,7 +312,12 @@ def load(pipe, path: Path, name: str) -> None:
     Raises:
         TunerFileError: as `inspect`, if a weight is not finite, or if an alpha is beyond `MAX_ALPHA`.
     """
-    found = inspect(path, pipe.unet, getattr(pipe, "text_encoder", None))
+    text_encoder = getattr(pipe, "text_encoder", None)
+    found = inspect(path, pipe.unet, text_encoder)
+    if text_encoder is None:
+        found.unknown += found.layers.pop("text_encoder", {})
+    if not found.layers:
+        raise TunerFileError(f"{path} is a {found.kind} for a text encoder alone, and this pipeline has none")
     tensors = load_file(path)
     bad = [k for k, t in tensors.items() if not torch.isfinite(t.float()).all()]
     if bad:
@@ -303,12 +325,18 @@ def load(pipe, path: Path, name: str) -> None:
             f"{path} is a {found.kind} of which {len(bad)} of {len(tensors)} tensors hold NaN or infinity: "
             f"{list_some(bad)}; it is damaged, get it again or train it with a lower rate"
         )
-    huge = [f"{k} ({t.item():g})" for k, t in tensors.items() if k.endswith("alpha") and t.abs().item() > MAX_ALPHA]
+    # without low-rank matrices the alpha of a LoKr means nothing, and LyCORIS writes what the user has given
+    alphas = [p["alpha"] for layers in found.layers.values() for p in layers.values() if "alpha" in p and _has_rank(p)]
+    huge = [f"{k} ({tensors[k].item():g})" for k in alphas if tensors[k].abs().item() > MAX_ALPHA]
     if huge:
         raise TunerFileError(
             f"{path} is a {found.kind} with {list_some(huge)}; an alpha is a number near the rank, at most "
             f"{MAX_ALPHA:,}: the file is damaged, get it again"
         )
+    try:
+        check_projections(pipe.unet, found.layers.get("unet", {}))
+    except ValueError as error:
+        raise TunerFileError(f"{path} cannot be loaded: {error}") from error
     if found.kind in ("LoHa", "LoKr"):
         _load_lycoris(pipe, found, tensors, name)
     elif found.kind == "OFT":
@@ -326,11 +354,11 @@ def _peft_tensors(found: ForeignLora, tensors: dict[str, torch.Tensor]) -> dict[
 
     diffusers (0.42) itself applies the alpha that most layers have to all of them.
     """
-    scale, result = _peft_scale(found) if found.is_peft else None, {}
+    scales, result = _peft_scales(found), {}
     for model, layers in found.layers.items():
         for path, parts in layers.items():
             down, up = tensors[parts["A"]], tensors[parts["B"]]
-            own = scale(path, len(down)) if scale else 1.0
+            own = scales[model](path, len(down)) if model in scales else 1.0
             if "alpha" in parts:
                 # the tools of kohya and LyCORIS take an alpha of 0 for the rank
                 own = (tensors[parts["alpha"]].item() or len(down)) / len(down)
@@ -344,26 +372,55 @@ def _peft_tensors(found: ForeignLora, tensors: dict[str, torch.Tensor]) -> dict[
     return result
 
 
-def _peft_scale(found: ForeignLora):
-    """The scale of a layer from PEFT's adapter_config.json beside the file: a function of its path and rank."""
-    path = found.path.with_name("adapter_config.json")
+def _peft_scales(found: ForeignLora) -> dict[str, Callable[[str, int], float]]:
+    """By model, the scale of a layer from its path and rank, where PEFT's settings say it.
+
+    PEFT keeps the settings in adapter_config.json beside the file, diffusers in the file's metadata: those of a
+    pipeline begin with "unet." or "text_encoder.", those that a UNet has saved alone with nothing.
+    """
+    path, configs = found.path.with_name("adapter_config.json"), {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        alpha, patterns = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
+        if found.is_peft:
+            configs = dict.fromkeys(found.layers, json.loads(path.read_text(encoding="utf-8")))
+        elif text := read_metadata(found.path).get("lora_adapter_metadata"):
+            path, settings = f"{found.path}: its metadata lora_adapter_metadata", json.loads(text)
+            for model in found.layers:
+                own = {k.removeprefix(f"{model}."): v for k, v in settings.items() if k.startswith(f"{model}.")}
+                configs[model] = own or settings
+            configs = {model: config for model, config in configs.items() if "lora_alpha" in config}
+        return {model: _peft_scale(config) for model, config in configs.items()}
     except FileNotFoundError:
         warnings.warn(f"{found.path}: there is no adapter_config.json beside it, so its alpha is taken to be its rank",
                       stacklevel=6)  # fmt: skip
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
         raise TunerFileError(
             f"{path} cannot be used ({type(error).__name__}: {error}); it holds the alpha of the LoRA"
         ) from error
 
+
+def _peft_scale(config: dict) -> Callable[[str, int], float]:
+    alpha, patterns = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
+    patterns = {re.compile(rf"(^|\.){end}$"): float(a) for end, a in patterns.items()}
+
     def scale(layer: str, rank: int) -> float:
-        own = next((float(a) for end, a in patterns.items() if re.search(rf"(^|\.){end}$", layer)), alpha)
+        own = next((a for pattern, a in patterns.items() if pattern.search(layer)), alpha)
         return own / (rank**0.5 if config.get("use_rslora") else rank)
 
     return scale
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as f:
+        return f.metadata() or {}
+
+
+def trained_clip_skip(path: Path) -> int | None:
+    """The clip skip that kohya's tools name in a file, where "None" is their default, 1; None if it is not named."""
+    value = read_metadata(path).get("ss_clip_skip")
+    if value == "None":
+        return 1
+    return int(value) if value and value.isdecimal() and int(value) >= 1 else None
 
 
 def _load_lycoris(pipe, found: ForeignLora, tensors: dict[str, torch.Tensor], name: str) -> None:

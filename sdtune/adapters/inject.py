@@ -8,6 +8,7 @@ work on a tuner as on a LoRA, and on mixtures of the two.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 
@@ -52,15 +53,15 @@ def shapes_of(ops: dict[str, Operation], config: TunerConfig) -> dict[str, tuple
         }
 
 
-def check_new_name(unet, name: str) -> None:
-    """Raises ValueError unless `name` can name a new adapter of this UNet."""
+def check_new_name(taken: Mapping[str, object], name: str) -> None:
+    """Raises ValueError unless `name` can name a new adapter beside those that are there."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"adapter_name is {name!r}; it must be a non-empty string without a dot")
     if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"adapter_name is {name!r}, a word that PyTorch reserves; choose another name")
-    if name in getattr(unet, "peft_config", {}):
+    if name in taken:
         raise ValueError(
-            f"adapter_name {name!r} is already in use; present: {', '.join(unet.peft_config)}. "
+            f"adapter_name {name!r} is already in use; present: {', '.join(taken)}. "
             "Choose another name, or unload the old one first"
         )
 
@@ -75,7 +76,7 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
         ValueError: if the name is in use, the model lacks the operations, or its weights are offloaded. Nothing is
             changed then.
     """
-    check_new_name(unet, name)
+    check_new_name(getattr(unet, "peft_config", None) or {}, name)
     add_to_operations(unet, find_operations(unet, config, count_classes(tensors)), config, name, tensors)
     unet.peft_config[name] = ResAttnConfig(**asdict(config))
     if not is_vision_model(unet):
@@ -121,6 +122,7 @@ def add_to_operations(
         if op.blocks:  # a bypass beside other tuners of the last block
             layer.operation = op
         layer.tuners[name], layer.weights[name] = tuners[path], 1.0
+    for _, layer in tuner_layers(unet):  # also those that are left over from deleted adapters
         layer.unet_adapters = unet.peft_config
 
 

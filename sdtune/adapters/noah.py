@@ -29,7 +29,7 @@ def add_adapter(model, config: TunerConfig, name: str, tensors: dict[str, torch.
         ValueError: if it is no vision model with a head.
     """
     plain, others = _parts(config)
-    inject.check_new_name(model, name)
+    inject.check_new_name(getattr(model, "peft_config", None) or {}, name)
     check_classifier(model, config.kind)
     operations = [_without_heads(find_operations(model, part)) for part in others]
     lora.add_adapter(model, plain, name, tensors)

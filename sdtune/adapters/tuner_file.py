@@ -99,9 +99,12 @@ def save(path: str | Path, file: TunerFile, dtype: torch.dtype = torch.float16) 
         The path of the file.
 
     Raises:
-        ValueError: if a weight is not finite, or too large for `dtype`; nothing is written then.
+        ValueError: if a weight is not finite, or too large for `dtype`, or that cannot be loaded; nothing is written
+            then.
     """
-    path = Path(path)
+    if dtype not in _FLOATS:
+        raise ValueError(f"dtype is {dtype}; a tuner file has weights of {', '.join(map(str, _FLOATS))}")
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
     tensors = {k: t.detach().to("cpu", dtype).contiguous() for k, t in file.tensors.items()}
@@ -206,7 +209,8 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
             if found is None:
                 raise TunerFileError(
                     f"{path} is not a tuner file: its metadata has no sdtune.format_version. "
-                    + ("It looks like a LoRA; load it with pipe.load_lora_weights" if any("lora" in k for k in keys)
+                    + ("It looks like a LoRA of another tool; load it as such (in ComfyUI with the node Load LoRA)"
+                       if any("lora" in k for k in keys)
                        else f"Expected a file that sdtune wrote; found keys such as {', '.join(keys[:2]) or 'none'}")
                 )  # fmt: skip
             if found != FORMAT_VERSION:
@@ -345,8 +349,10 @@ def find(source: str | Path, weight_name: str = FILE_NAME, **hub) -> Path:
     """The path of a tuner file on this machine, fetched from the hub if `source` is a repository's id."""
     try:
         path = Path(source).expanduser()
+        if path.is_dir() and hub.get("subfolder"):
+            path = path / hub["subfolder"]
         folder, single = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user, ...
+    except (OSError, RuntimeError, TypeError) as error:  # a name too long, an unknown ~user, ...
         raise TunerFileError(
             f"{source} cannot be looked up ({error}); expected a file, a folder or a hub id"
         ) from error

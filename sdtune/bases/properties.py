@@ -34,6 +34,13 @@ def is_small(pipe) -> bool:
     return get_unet(pipe).num_parameters() < 1e8
 
 
+def native_size(pipe) -> tuple[int, int]:
+    """Width and height in pixels of the pictures that a pipeline draws by default."""
+    side = pipe.unet.config.sample_size
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+
+
 def default_guidance(pipe) -> float:
     """The guidance that suits the base: SD v1.5's usual 7.5, or tiny-sd's 3 (see its model card)."""
     return 3.0 if is_small(pipe) else 7.5

@@ -18,6 +18,7 @@ from .. import kernels
 from ..adapters import active_adapters, per_sample
 from ..adapters.operations import ADAPTER_PATHS
 from ..bases import text_encoding
+from ..bases.properties import native_size
 from ..kernels.cpu import heap
 from ..kernels.cuda import graphs
 from . import prompts
@@ -179,8 +180,8 @@ def _is_number(value) -> bool:
 
 def _size_of(pipe, cell: Cell) -> tuple[int, int]:
     """Width and height of a cell's picture in pixels."""
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return cell.width or side, cell.height or side
+    width, height = native_size(pipe)
+    return cell.width or width, cell.height or height
 
 
 def _groups(pipe, cells: Sequence[Cell], batch: int | None) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from ..bases import text_encoding
 
 
 def clip_skips(pipe, adapters: Mapping[str, float]) -> list[int]:
-    """The clip skips that these adapters were trained with, the greatest weight first; LoRAs of other tools name none.
+    """The clip skips that these adapters were trained with, the greatest weight first; of those whose files name one.
 
     Args:
         adapters: name -> weight.

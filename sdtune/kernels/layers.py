@@ -17,9 +17,13 @@ def optimize_layers(model: nn.Module) -> nn.Module:
     """Changes the class of each layer that has a faster version here, and returns the model."""
     for module in model.modules():
         faster = FASTER_LAYERS.get(type(module))
-        if faster and all(getattr(module, name) == value for name, value in getattr(faster, "SETTINGS", {}).items()):
+        if faster and _has_settings(module, getattr(faster, "SETTINGS", {})):
             module.__class__ = faster
     return model
+
+
+def _has_settings(module: nn.Module, settings: dict) -> bool:
+    return all(getattr(module, name) == value for name, value in settings.items())
 
 
 def restore_layers(model: nn.Module) -> nn.Module:
@@ -62,10 +66,11 @@ class Convolution(nn.Conv2d):
         compute = self.faster_function(x, weight, bias) or super()._conv_forward
         return compute(x, weight, bias)
 
-    @staticmethod
-    def faster_function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    def faster_function(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
         """The function that is faster than PyTorch's and saves no x for its gradient; None where there is none."""
         if not _is_frozen(x, weight, bias) or x.dim() != 4 or not has_numba():
+            return None
+        if not _has_settings(self, self.SETTINGS):  # such as a padding_mode for tiles, set after the model was loaded
             return None
         from .cpu import winograd  # compiles with Numba
 

@@ -11,6 +11,7 @@ from PIL import Image
 import sdtune
 
 from ..adapters import api
+from ..bases.properties import native_size
 from ..bases.text_encoding import CHUNK
 from ..inference import grids, prompts
 from .errors import PageError
@@ -39,7 +40,7 @@ class Drawings:
     def __init__(self, pipe, base_name: str, queue: Queue, files: AdapterFiles, output: OutputFolder):
         self.pipe, self.base_name = pipe, base_name
         self.queue, self.files, self.output = queue, files, output
-        self.side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.side = native_size(pipe)[0]
         self.sampler = sampler_of(pipe.scheduler)
         self._scheduler = pipe.scheduler
         self._loaded: OrderedDict[tuple, str] = OrderedDict()  # (path, time, size) -> adapter, oldest use first

@@ -84,7 +84,8 @@ def _is_cuda(x: torch.Tensor) -> bool:
 def _convolve(conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`nn.Conv2d._conv_forward`, which saves x only if the weights get a gradient."""
     saves_nothing = isinstance(conv, Convolution) and conv.faster_function(x, weight, bias)
-    if saves_nothing or weight.requires_grad or not x.requires_grad or x.nbytes < MIN_BYTES:
+    usual = conv.padding_mode == "zeros"
+    if saves_nothing or weight.requires_grad or not x.requires_grad or x.nbytes < MIN_BYTES or not usual:
         return type(conv)._conv_forward(conv, x, weight, bias)
     return _FrozenConvolution.apply(x, weight, bias, conv)
 

@@ -247,6 +247,16 @@ def test_tuners_without_a_name_are_numbered_past_the_names_in_use(pipe, files):
     assert names == ["tuner_0", "tuner_2"]
 
 
+def test_adapters_on_operations_that_others_have_left_are_active_when_they_should_be(pipe):
+    for name in "abc":
+        sdtune.add_tuner(pipe, sdtune.TunerConfig(ops=["attn1", "ff"] if name == "a" else ["ff"]), name)
+        if name == "a":
+            pipe.delete_adapters("a")
+    pipe.set_adapters("b")
+    pipe.delete_adapters("b")
+    assert pipe.get_active_adapters() == ["c"]
+
+
 # --- beside a LoRA ---
 
 
@@ -392,6 +402,28 @@ def test_saving_what_was_loaded_gives_the_same_content_and_keeps_where_it_came_f
     assert a.config == b.config and a.base == b.base and b.trigger_words == "tok" and b.training == {"steps": 3}
     assert a.base["name"] == "tiny-sd" and a.base["prediction_type"] == "epsilon"
     assert a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_a_copy_names_the_base_it_was_trained_on_and_loads_from_where_it_was_written(pipe, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe.register_modules(
+        scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    )
+    sdtune.add_tuner(pipe)
+    sdtune.save_tuner(pipe, "~/v.safetensors")
+    unet = copy.deepcopy(base.unet)
+    sdtune.load_tuner(unet, "~/v.safetensors", "a")
+    sdtune.save_tuner(unet, tmp_path / "deeper/copy.safetensors", "a")
+    file = tuner_file.load(tmp_path / "deeper", subfolder=".", weight_name="copy.safetensors")
+    assert file.base["name"] == "tiny-sd" and file.base["prediction_type"] == "v_prediction"
+    with pytest.warns(
+        UserWarning, match="a base that predicts v_prediction, and this pipeline's scheduler expects epsilon"
+    ):
+        sdtune.load_tuner(copy.deepcopy(base), tmp_path, weight_name="copy.safetensors", subfolder="deeper")
+    with pytest.raises(ValueError, match="dtype is torch.int8; a tuner file has weights of torch.float16"):
+        sdtune.save_tuner(pipe, tmp_path / "x.safetensors", dtype=torch.int8)
+    with pytest.raises(sdtune.TunerFileError, match="None cannot be looked up"):
+        sdtune.load_tuner(pipe, None)
 
 
 def test_a_tuner_saved_in_fp32_is_drawn_bit_for_bit_in_a_fresh_pipeline(pipe, base, tmp_path):

@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import torch
+from conftest import picture
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdtune
-from sdtune.adapters import tuner_file
+from sdtune.adapters import api, tuner_file
+from sdtune.adapters.export import export_to_kohya
 
 
 def export(*arguments) -> subprocess.CompletedProcess:
@@ -36,6 +38,21 @@ def test_a_dora_is_written_in_kohyas_key_names(base, tmp_path):
     with safe_open(tmp_path / "dora-kohya.safetensors", "pt") as new, safe_open(path, "pt") as old:
         assert new.metadata()["modelspec.title"] == old.metadata()["modelspec.title"]
         assert new.metadata()["modelspec.hash_sha256"] != old.metadata()["modelspec.hash_sha256"]
+
+
+def test_what_was_written_for_others_draws_the_same_here_and_no_file_is_replaced_by_its_own_copy(base, tmp_path):
+    torch.manual_seed(0)
+    pipe, other = copy.deepcopy(base), copy.deepcopy(base)
+    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind="dora", ops=["attn1", "conv"]), "dora")
+    for p in api.tuner_parameters(pipe, "dora").values():
+        p.data += 0.05 * torch.randn(p.shape)
+    path = sdtune.save_tuner(pipe, tmp_path / "dora.safetensors", "dora", dtype=torch.float32)
+    sdtune.load_tuner(other, export_to_kohya(path))
+    assert torch.allclose(picture(other), picture(pipe), atol=1e-3)
+    assert not torch.allclose(picture(other), picture(base), atol=0.1)
+    content = path.read_bytes()
+    done = export(path, "--output", path)
+    assert done.returncode == 1 and "is the file itself" in done.stderr and path.read_bytes() == content
 
 
 def test_a_tuner_cannot_be_exported_and_the_message_says_what_to_use():

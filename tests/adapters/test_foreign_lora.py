@@ -3,12 +3,13 @@
 import copy
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from conftest import picture
-from peft import OFTConfig, get_peft_model
-from safetensors.torch import save_file
+from peft import LoraConfig, OFTConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sdtune
@@ -212,3 +213,116 @@ def test_tensors_that_no_lora_has_are_refused_and_the_page_refuses_them_too(pipe
         assert not pipe.get_list_adapters() and not getattr(pipe.unet, "peft_config", None)
     files = AdapterFiles([tmp_path], base.unet, base.text_encoder).by_label.values()
     assert not any(file.fits for file in files) and not any("cannot be read" in file.problem for file in files)
+
+
+@pytest.mark.parametrize("how", ["of a UNet", "of a pipeline"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_alpha_that_diffusers_writes_into_the_metadata_counts(pipe, base, tmp_path, how, rslora):
+    trained = copy.deepcopy(base)
+    config = LoraConfig(
+        r=4, lora_alpha=16, alpha_pattern={"attn2.to_q": 2}, use_rslora=rslora, init_lora_weights=False,
+        target_modules=["to_q", "to_v"],
+    )  # fmt: skip
+    trained.unet.add_adapter(config, "x")
+    if how == "of a UNet":
+        trained.unet.save_lora_adapter(tmp_path, "x")
+    else:
+        layers = get_peft_model_state_dict(trained.unet, adapter_name="x")
+        base.save_lora_weights(
+            tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=trained.unet.peft_config["x"].to_dict()
+        )
+    sdtune.load_tuner(pipe, tmp_path, "x")
+    assert torch.allclose(picture(pipe), picture(trained), atol=1e-4)
+    assert not torch.allclose(picture(pipe), picture(base), atol=1)
+
+
+def test_a_lora_with_biases_is_refused(pipe, base, tmp_path):
+    trained = copy.deepcopy(base)
+    trained.unet.add_adapter(LoraConfig(r=4, lora_bias=True, target_modules=["to_out.0"]), "x")
+    trained.unet.save_lora_adapter(tmp_path, "x")
+    with pytest.raises(sdtune.TunerFileError, match=r"keys of an unknown format: .*lora_B\.bias"):
+        sdtune.load_tuner(pipe, tmp_path, "x")
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1e10])
+def test_a_lokr_of_whole_matrices_is_applied_to_convolutions_and_its_alpha_means_nothing(pipe, base, tmp_path, alpha):
+    name = "down_blocks.0.resnets.0.conv1"
+    out, into, *kernel = base.unet.get_submodule(name).weight.shape
+    w1, w2, key = noise(4, 4), noise(out // 4, into // 4, *kernel), kohya(name)
+    tensors = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2": w2, f"{key}.alpha": torch.tensor(alpha)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    expected = copy.deepcopy(base)
+    expected.unet.get_submodule(name).weight.data += torch.kron(w1[:, :, None, None], w2)
+    sdtune.load_tuner(pipe, tmp_path / "a.safetensors", "x")
+    assert (picture(pipe) - picture(expected)).abs().max() < 1e-3 < (picture(pipe) - picture(base)).abs().max()
+    save_file(tensors | {f"{key}.lokr_w1": noise(2, 4)}, tmp_path / "b.safetensors")
+    with pytest.raises(sdtune.TunerFileError, match="parts that make no matrix of this base's layer"):
+        sdtune.load_tuner(pipe, tmp_path / "b.safetensors", "y")
+
+
+@pytest.mark.parametrize(
+    "named, of_pipe, warns", [("2", 1, True), ("2", 2, False), ("None", 2, True), (None, 2, False)]
+)
+def test_the_clip_skip_that_a_file_names_counts_and_nothing_is_said_of_one_that_names_none(
+    pipe, base, tmp_path, named, of_pipe, warns
+):
+    _, _, tensors = one_layer(base)
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_clip_skip": named} if named else None)
+    pipe._clip_skip = of_pipe - 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sdtune.load_tuner(pipe, tmp_path / "a.safetensors", "x")
+    said = [str(w.message) for w in caught if "clip skip" in str(w.message)]
+    assert bool(said) == warns and all("was trained with clip skip" in message for message in said)
+    sdtune.unload_tuner(pipe, "x")
+    assert not pipe.get_list_adapters()
+
+
+# ------------------------------------------------------------------------------------- layers of the text encoder
+
+
+def write_text_lora(path, base, size=0.1) -> None:
+    """A LoRA on the text encoder alone."""
+    tensors = {}
+    for name, layer in base.text_encoder.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            key = "lora_te_" + name.replace(".", "_")
+            out, into = layer.weight.shape
+            tensors |= {f"{key}.lora_down.weight": torch.randn(4, into) * size,
+                        f"{key}.lora_up.weight": torch.randn(out, 4) * size}  # fmt: skip
+    save_file(tensors, path)
+
+
+def test_names_of_adapters_in_the_text_encoder_are_taken(pipe, base, tmp_path):
+    for name in "ab":
+        write_text_lora(tmp_path / f"{name}.safetensors", base)
+    assert [sdtune.load_tuner(pipe, tmp_path / f"{name}.safetensors") for name in "ab"] == ["tuner_0", "tuner_1"]
+    for attempt in (sdtune.add_tuner, partial(sdtune.load_tuner, source=tmp_path / "a.safetensors")):
+        with pytest.raises(ValueError, match="'tuner_0' is already in use; present: tuner_0, tuner_1"):
+            attempt(pipe, adapter_name="tuner_0")
+    assert pipe.get_list_adapters() == {"text_encoder": ["tuner_0", "tuner_1"]}
+    sdtune.add_tuner(pipe, adapter_name="fresh")  # the active one alone, so the text is the base's again
+    assert torch.equal(picture(pipe), picture(base))
+
+
+def test_a_pipeline_with_a_lora_in_its_text_encoder_is_saved_as_the_whole_base(pipe, base, tmp_path):
+    write_text_lora(tmp_path / "a.safetensors", base)
+    sdtune.load_tuner(pipe, tmp_path / "a.safetensors", "x")
+    tuned = picture(pipe)
+    with pytest.warns(UserWarning, match="save_pretrained writes the base without its adapters 'x'"):
+        pipe.save_pretrained(tmp_path / "saved")
+    saved = sdtune.load_base(tmp_path / "saved").text_encoder.state_dict()
+    assert saved.keys() == base.text_encoder.state_dict().keys()
+    assert all(torch.equal(t, saved[k]) for k, t in base.text_encoder.state_dict().items())
+    assert torch.equal(picture(pipe), tuned)
+
+
+def test_without_a_text_encoder_its_layers_are_left_out_and_told(pipe, base, tmp_path):
+    write_text_lora(tmp_path / "text.safetensors", base)
+    _, _, tensors = one_layer(base)
+    save_file(tensors | load_file(tmp_path / "text.safetensors"), tmp_path / "both.safetensors")
+    pipe.text_encoder = None
+    with pytest.warns(UserWarning, match=r"\d+ of its \d+ layers are not in this base and are left out: .*q_proj"):
+        sdtune.load_tuner(pipe, tmp_path / "both.safetensors", "x")
+    with pytest.raises(sdtune.TunerFileError, match="for a text encoder alone, and this pipeline has none"):
+        sdtune.load_tuner(pipe, tmp_path / "text.safetensors", "y")

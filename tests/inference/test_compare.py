@@ -85,6 +85,12 @@ def test_pictures_of_several_sizes_are_those_that_separate_calls_draw(loaded):
     assert wide.size == (128, 64)
 
 
+def test_a_base_whose_size_is_height_and_width_draws_it(loaded):
+    loaded.unet.register_to_config(sample_size=[8, 12])
+    drawn = sdtune.compare(loaded, PROMPT, {"a": {}}, steps=1)["a"][0]
+    assert drawn.size == (96, 64)
+
+
 def test_the_pipe_is_left_as_it_was_also_when_the_drawing_is_stopped(loaded):
     loaded.set_adapters(["lora"], [0.3])
     before = by_itself(loaded, PROMPT, 0, 2)

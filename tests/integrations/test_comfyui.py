@@ -14,6 +14,7 @@ from comfyui import comfyui_model, predict, unet_settings
 import sdtune
 from sdtune.adapters import api, tuner_file
 from sdtune.adapters.tuner_file import TunerFileError
+from sdtune.integrations.comfyui import patches
 
 from .conftest import ROOT
 
@@ -221,6 +222,8 @@ def test_files_that_the_node_cannot_use_are_refused_with_a_reason(comfyui, base,
     make_file(comfyui, other, "other", kind="res_attn_text")
     with pytest.raises(TunerFileError, match="does not fit this UNet .*load it into a base of that shape"):
         node(comfyui, model, "other")
+    with pytest.raises(ValueError, match="Sequential has no transformer block .*; expected the UNet"):
+        patches.find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))  # as a model of the family of DiT
 
 
 def test_the_example_workflow_fits_the_nodes(comfyui):

@@ -10,6 +10,7 @@ import inspect
 import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,4 +171,11 @@ def test_our_lora_loads_in_forge_and_stacks_with_a_tuner(extension, comfyui, bas
 def test_the_extension_lists_the_files_and_does_nothing_without_one(extension, comfyui, base):
     make_file(comfyui, base, "seen")
     assert "seen.safetensors" in extension.find_tuners()
+    folders = [Path(extension.paths.models_path) / name for name in extension.FOLDERS]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "twice.safetensors").touch()
+    assert extension.find_tuners()["twice.safetensors"] == folders[0] / "twice.safetensors"
+    for folder in folders:
+        (folder / "twice.safetensors").unlink()
     extension.SdtuneTuner().process_before_every_sampling(None, extension.NONE, 1.0)

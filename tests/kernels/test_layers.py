@@ -81,6 +81,17 @@ def test_other_convolutions_stay_what_they_are():
         assert type(kernels.optimize(nn.Conv2d(32, 32, **settings))) is nn.Conv2d
 
 
+@pytest.mark.parametrize("setting", [dict(padding_mode="circular"), dict(dilation=(2, 2), padding=(2, 2))], ids=str)
+def test_settings_that_change_after_loading_count(calls, setting):
+    changed = convolution()
+    calls.clear()
+    for layer in (changed, plain := kernels.restore(convolution())):
+        for name, value in setting.items():
+            setattr(layer, name, value)
+    assert torch.equal(changed(given()), plain(given()))
+    assert not calls
+
+
 @pytest.mark.parametrize("settings, usual", [
     (dict(), True), (dict(out_channels=64), True), (dict(temb_channels=None), True), (dict(dropout=0.5), True),
     (dict(non_linearity="relu"), True), (dict(time_embedding_norm="scale_shift"), False), (dict(up=True), False),

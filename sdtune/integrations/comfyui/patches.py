@@ -77,7 +77,8 @@ def find_convolutions(unet: nn.Module) -> dict[str, tuple[str, nn.Conv2d]]:
 
 def _find_layers(unet: nn.Module) -> Iterator[tuple[str, tuple[str, int], str, nn.Module]]:
     """Residual blocks and spatial transformers: path, ("input", number), path in diffusers' UNet, module."""
-    sizes = [n + 1 for n in unet.num_res_blocks]  # a level ends with a layer that halves or doubles the side
+    # a level ends with a layer that halves or doubles the side; a model without levels is no UNet
+    sizes = [n + 1 for n in getattr(unet, "num_res_blocks", ())]
     counts = Counter()
     for path, module in unet.named_modules():
         match = _LAYER.fullmatch(path)

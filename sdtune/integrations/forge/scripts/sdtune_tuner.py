@@ -22,8 +22,9 @@ FOLDERS = ("tuners", "Lora")  # of Forge's models
 
 
 def find_tuners() -> dict[str, Path]:
-    """The .safetensors files in models/tuners and models/Lora by the name that the list shows."""
-    folders = [Path(paths.models_path) / name for name in FOLDERS]
+    """The .safetensors files in models/tuners and models/Lora by the name that the list shows; for a name that is in
+    both, that in models/tuners."""
+    folders = [Path(paths.models_path) / name for name in reversed(FOLDERS)]
     return {str(f.relative_to(folder)): f for folder in folders for f in sorted(folder.rglob("*.safetensors"))}
 
 
