@@ -36,12 +36,17 @@ def main() -> int:
     from sdtune.training.config import DEFAULT_KIND
     from sdtune.training.config_file import expand_arguments
 
-    parser = HfArgumentParser((sdtune.TunerConfig, sdtune.TrainConfig), description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(
+        (sdtune.TunerConfig, sdtune.TrainConfig), description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.set_defaults(kind=DEFAULT_KIND)
     parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON, named as the flags, which win; "
                         "also the config.json of a run, which is then repeated")  # fmt: skip
     try:
-        tuner, config, *_ = parser.parse_args_into_dataclasses(expand_arguments(sys.argv[1:]))
+        arguments = expand_arguments(sys.argv[1:])
+        tuner, config, *_, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"there are no flags or values for {' '.join(unknown)}; --help lists all flags")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -136,6 +136,7 @@ def test_bad_input_ends_with_a_sentence_and_no_traceback(tmp_path):
     error = run_and_read_error("--rank", "0", "--ops", "attn1", "attn9")
     assert "rank is 0" in error and "attn9" in error
     assert str(tmp_path / "base") in run_and_read_error("--base", str(tmp_path / "base"))
+    assert "no flags or values for --conf" in run_and_read_error("--conf", str(tmp_path / "run.yaml"))
 
 
 def test_the_bundled_tuner_and_lora_have_the_settings_of_the_documented_commands():

@@ -9,6 +9,7 @@ machine whose speed varies, and no candidate profits from the settings of anothe
 import argparse
 import json
 import signal
+import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,8 +59,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command with these arguments, by default those of the process; returns its exit status."""
     cuda = torch.cuda.is_available()
     options = _parse(arguments, cuda)
-    base = sd15_shape() if options.base == "sd15-shape" else options.base
-    native, machine, rows = load.native_resolution(base), describe_machine(), {}
+    try:
+        base = sd15_shape() if options.base == "sd15-shape" else options.base
+        native = load.native_resolution(base)
+        if options.json:
+            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(options.json).touch()  # before hours of measuring
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    machine, rows = describe_machine(), {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` sends it: report what there is, as on Ctrl-C
     with tempfile.TemporaryDirectory() as work_folder:
         job = Job(

@@ -4,8 +4,8 @@
 
 Draws held-out prompts with every checkpoint from the same noise into one sheet, scores each by the metrics of
 `sdtune.evaluation` (extra `evaluate`), and recommends one: the earliest that is beyond doubt worse than the best
-neither in style, nor in following its prompt, nor in held-out error. Written into the folder of the run: steps.png and
-steps.md. The work is done in `checkpoint_scores`.
+neither in likeness to the true pictures, nor in following its prompt, and that does not copy the training pictures.
+Written into the folder of the run: steps.png and steps.md. The work is done in `checkpoint_scores`.
 """
 
 import argparse

@@ -19,8 +19,11 @@ import re
 import sys
 from dataclasses import replace
 
+import torch
+
 from ..extras import MissingPackages
 from ..training import launch
+from ..training.accelerator import is_precision_chosen
 from ..training.errors import Stopped, TrainError
 from .methods import GROUPS, EvaluationError
 from .report import write_report
@@ -57,20 +60,19 @@ def _parse(argv: list[str]) -> Settings:
 def _claim_process(argv: list[str]) -> tuple[int, int, str | None]:
     """This process's number, how many there are, and --mixed_precision; all are removed from the environment.
 
-    Each run of the trainer belongs to one process, so the trainer must not see the others; every process gets a GPU
-    of its own. On a machine without a GPU, Accelerate (1.15) starts one process whatever --num_processes is, so the
-    requested number is started from here.
+    Each run of the trainer belongs to one process, so the trainer must not see the others; `__main__` has given every
+    process a GPU of its own. On a machine without a GPU, Accelerate (1.15) starts one process whatever --num_processes
+    is, so the requested number is started from here.
     """
     requested = launch.requested_processes("sdtune.evaluation")
     if requested > 1:
         launch.replace_with_processes(requested, ["-m", "sdtune.evaluation"], argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, os.environ.get("ACCELERATE_MIXED_PRECISION")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[local % len(visible)] if visible else str(local)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if torch.cuda.is_available() and not is_precision_chosen():
+        precision = "fp16"  # as in train_anime.py
+    if world == 1:
+        return 0, 1, precision
     for name in list(os.environ):
         if re.match("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|MASTER_|TORCHELASTIC_|ACCELERATE_", name):
             del os.environ[name]
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; finished runs are kept, and the same command continues from there", file=sys.stderr)
         return 130
-    except (EvaluationError, MissingPackages, TrainError, ValueError) as error:
+    except (EvaluationError, MissingPackages, TrainError, ValueError, OSError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0

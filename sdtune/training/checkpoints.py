@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from ..adapters import disk, tuner_file
 from .config import TrainConfig
-from .errors import TrainError, shorten_list
+from .errors import TrainError, is_out_of_memory, shorten_list
 
 FOLDER = "checkpoints"
 TRAINED_NAME = "trained.safetensors"  # with a moving average, the weights that are trained; the tuner is the average
@@ -53,7 +53,12 @@ class CheckpointState:
 
 def list_checkpoints(output: Path) -> list[Path]:
     """The folders of all checkpoints of a run, in the order of their steps."""
-    return sorted(f for f in (output / FOLDER).glob("step-*") if f.name[5:].isdigit() and f.is_dir())
+    folders = [f for f in (output / FOLDER).glob("step-*") if f.name[5:].isdigit() and f.is_dir()]
+    return sorted(folders, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def find_checkpoint(output: Path, log: Callable[[str], None]) -> Path:
@@ -174,10 +179,17 @@ def new_checkpoint(output: Path, step: int, accelerator: Accelerator):
     accelerator.wait_for_everyone()
 
 
-def delete_old(output: Path, keep_last: int | None) -> None:
-    """Deletes all checkpoints but the last `keep_last`; None keeps all."""
-    for folder in list_checkpoints(output)[: -keep_last if keep_last else 0]:
-        shutil.rmtree(folder, ignore_errors=True)
+def delete_old(output: Path, keep_last: int | None, step: int) -> None:
+    """Deletes all checkpoints but the last `keep_last` up to this step; None keeps all.
+
+    Later ones are damaged: the run has continued from one before them.
+    """
+    if keep_last is None:
+        return
+    kept = [folder for folder in list_checkpoints(output) if _step(folder) <= step][-keep_last:]
+    for folder in list_checkpoints(output):
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_state(folder: Path, state: CheckpointState) -> None:
@@ -209,6 +221,8 @@ def load(
     except TrainError:
         raise
     except Exception as error:  # a damaged file of PyTorch gives many kinds of errors
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise TrainError(
             f"the checkpoint {folder} is damaged ({type(error).__name__}: {reason}); delete it, then --resume "

@@ -11,11 +11,11 @@ DEFAULT_OUTPUT = "output/anime"
 DEFAULT_KIND = "res_attn_layer"  # of train_anime.py and the page; see assets/results/forms.md
 
 
-def _option(default, help: str):
-    """A dataclass field with a help text, which `HfArgumentParser` shows."""
+def _option(default, help: str, **more):
+    """A dataclass field with a help text, which `HfArgumentParser` shows; `more` is for `add_argument`."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
@@ -37,8 +37,8 @@ class TrainConfig:
                                "rank is made greater with --rank")  # fmt: skip
     gradient_start: bool | None = _option(
         None, "start the first projection of each tuner in the directions on which the loss of the first batches "
-        "depends most, which takes as long as eight steps; possible for res_attn_layer, lora and dora; default: for "
-        "res_attn_layer",
+        "depends most, which takes about as long as eight steps; possible for res_attn_layer, lora and dora; default: "
+        "for res_attn_layer", nargs="?", const=True,
     )  # fmt: skip
     optimizer: Literal["adamw", "prodigy"] = _option(
         "adamw", "prodigy chooses the learning rate by itself (arXiv 2306.06101); learning_rate then multiplies it"

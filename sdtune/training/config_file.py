@@ -14,7 +14,7 @@ from ..tuners.config import TunerConfig
 from .config import TrainConfig
 
 SECTIONS = ("train", "tuner")  # of the config.json that a run writes
-NOT_SETTINGS = ("versions", "processes")  # what else is in it
+NOT_SETTINGS = ("versions", "processes", "resolved")  # what else is in it
 
 
 def expand_arguments(arguments: list[str]) -> list[str]:
@@ -43,8 +43,16 @@ def read_settings(path: Path) -> dict:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Leaves all values but null as they are written: YAML would read `no` as false, and 007 as 7."""
+
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in found if tag.endswith(":null")]
+            for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML, too
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)  # JSON is YAML, too
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config {path} cannot be read: {reason}; expected settings in YAML or JSON") from error

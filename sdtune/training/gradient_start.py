@@ -40,8 +40,9 @@ def is_wanted(config: TrainConfig, tuner: TunerConfig) -> bool:
 def start_from_gradients(trainer) -> bool:
     """Sets the first projections of a fresh tuner by the gradients of the first batches; the second stay zero.
 
-    The rows of a first projection become the first right singular vectors of all sketches together. Rows beyond the
-    width of its input or without a gradient, and all rows if no gradient is finite, stay random.
+    The rows of a first projection become the first right singular vectors of all sketches together, of length 1, or in
+    a LoRA of the mean length of the random rows, to which learning rates are used. Rows beyond the width of the input
+    or without a gradient, and all rows if no gradient is finite, stay random.
 
     Args:
         trainer: a `Trainer` before its first step.
@@ -80,5 +81,6 @@ def start_from_gradients(trainer) -> bool:
             rows = min(len(named[name]), int((values > least).sum()))
             # the sign of a singular vector is arbitrary; this one does not hang on rounding
             directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
-            named[name][:rows] = directions[:rows].view(rows, *named[name].shape[1:])
+            length = 1 if name.endswith(".down.weight") else random_start[name].flatten(1).norm(dim=1).mean()
+            named[name][:rows] = length * directions[:rows].view(rows, *named[name].shape[1:])
     return bool(sketches)

@@ -34,7 +34,7 @@ class HeldOutLoss:
                 self.losses[0] = self._compute_losses()
         self.losses[step] = self._compute_losses()
         means = self.means()
-        if self.keep_best and step and means[step] == min(means.values()):
+        if self.keep_best and step and means[step] == min(mean for s, mean in means.items() if s):
             self.best = step, weights.detach().clone()
 
     def _compute_losses(self) -> list[float]:
@@ -43,6 +43,12 @@ class HeldOutLoss:
     def means(self) -> dict[int, float]:
         """Step -> mean loss."""
         return {step: sum(losses) / len(losses) for step, losses in self.losses.items()}
+
+    def describe_best(self) -> str:
+        """Which step's tuner is kept, as a sentence."""
+        step, means = self.best[0], self.means()
+        lower = "; that of the base is lower still, so a lower --learning_rate may suit" * (means[0] <= means[step])
+        return f"keeping the tuner of step {step}, with the lowest held-out loss{lower}"
 
     def memorising_since(self) -> int | None:
         """The step since which the loss has risen, by the rule of `stopping`, or None."""

@@ -36,17 +36,19 @@ def find_mask_files(folder: Path, images: list[str], problems: list[str]) -> dic
         images: the names of all image files in the folder, those of masks among them.
         problems: a line is appended for each image with two masks.
     """
-    by_stem = {name_stem(name): name for name in images}
+    by_stem: dict[str, list[str]] = {}  # a.jpg and a.png have one mask
+    for name in images:
+        by_stem.setdefault(name_stem(name), []).append(name)
     found: dict[str, list[Path]] = {}
     for name in images:
         stem = name_stem(name)
         suffix = next((s for s in SUFFIXES if stem.endswith(s)), None)
-        if suffix and (image := by_stem.get(stem.removesuffix(suffix))):
+        for image in by_stem.get(stem.removesuffix(suffix), []) if suffix else []:
             found.setdefault(image, []).append(folder / name)
     beside = folder.with_name(folder.name + FOLDER_SUFFIX)
     if folder.name and beside.is_dir():
         for path in sorted(p for p in beside.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            if image := by_stem.get(name_stem(path.relative_to(beside).as_posix())):
+            for image in by_stem.get(name_stem(path.relative_to(beside).as_posix()), []):
                 found.setdefault(image, []).append(path)
     for image, paths in found.items():
         if len(paths) > 1:

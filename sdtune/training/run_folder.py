@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import fields
@@ -115,14 +116,16 @@ class RunFolder:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The settings of a run, from the config.json in its output folder.
+    """The settings of a run as they were used, from the config.json in its output folder.
 
     Raises:
         TrainError: if it cannot be read.
     """
     path = folder / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["train"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings = content["train"]
+        settings |= {k: v for k, v in content.get("resolved", {}).items() if settings.get(k) is None}
         known = {field.name for field in fields(TrainConfig)}
         settings = {k: v for k, v in {**checkpoints.BEFORE_OPTIONS, **settings}.items() if k in known}
         return TrainConfig(**settings, output=str(folder))
@@ -178,10 +181,14 @@ def _last_run() -> Path:
 
     An earlier one is never taken for it: it may be finished, and its tuner would be trained further unasked.
     """
-    folders = list(itertools.takewhile(Path.exists, _numbered(DEFAULT_OUTPUT)))
+    default = Path(DEFAULT_OUTPUT)
+    numbers = {f: f.name.removeprefix(default.name) for f in default.parent.glob(f"{default.name}*") if f.is_dir()}
+    numbers = {f: int(n[1:] or 1) for f, n in numbers.items() if re.fullmatch(r"(-[1-9]\d*)?", n)}
+    folders = sorted(numbers, key=numbers.get)
     if not folders:
         raise TrainError(f"nothing to resume: there is no {DEFAULT_OUTPUT}; start without --resume")
-    last = max(folders, key=lambda f: (f / _LOCK if (f / _LOCK).exists() else f).stat().st_mtime)
+    # a new run looks into all folders before its own, so where the clock is coarse, that with the greatest number is it
+    last = max(reversed(folders), key=lambda f: (f / _LOCK if (f / _LOCK).exists() else f).stat().st_mtime)
     if not checkpoints.list_checkpoints(last):
         others = [str(f) for f in folders if checkpoints.list_checkpoints(f)]
         more = f", or name another run: --output {' or '.join(others)}" if others else ""

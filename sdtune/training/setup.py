@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..adapters import tuner_file
 from ..bases import properties
@@ -93,6 +94,16 @@ def saved_tensor_hooks(unet, tuner: TunerConfig) -> AbstractContextManager:
     # the hooks make a step 1 % slower, and 2 % for a small UNet, which on a CPU has memory enough without them
     needs_no_hooks = unet.device.type == "cpu" and properties.is_small(unet)
     return nullcontext() if tuner.kind == FULL or needs_no_hooks else MemorySavingHooks(unet)
+
+
+def continue_schedule(lr_scheduler: LambdaLR) -> None:
+    """Sets the rate of the next step after a checkpoint was loaded.
+
+    The checkpoint holds that of the schedule as it was then; with more steps it is another.
+    """
+    for group, base, factor in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas):
+        group["lr"] = base * factor(lr_scheduler.last_epoch)
+    lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]
 
 
 def default_learning_rate(config: TrainConfig, unet, tuner: TunerConfig) -> float:
@@ -210,14 +221,18 @@ def describe_run(weights: torch.Tensor, accelerator: Accelerator, scheduler) -> 
     )
 
 
-def prepare_output(output: Path, settings: dict, tuner: TunerConfig, step: int | None) -> None:
+def prepare_output(output: Path, config: TrainConfig, settings: dict, tuner: TunerConfig, step: int | None) -> None:
     """Writes config.json, and removes what is left of a run that did not get to its first checkpoint.
 
     Args:
+        settings: from `collect_settings`. What depends on the base, the tuner and the optimizer is written as it was
+            given, too, so that who repeats the run with another of these gets the default that suits that one.
         step: from which the run continues, or None for a new run.
     """
     run_folder.remove_leftovers(output, step)
-    text = {"train": settings, "tuner": asdict(tuner), "versions": tuner_file.library_versions()}
+    given = {name: getattr(config, name) for name in ("learning_rate", "resolution")}
+    text = {"train": settings | given, "resolved": {name: settings[name] for name in given}, "tuner": asdict(tuner),
+            "versions": tuner_file.library_versions()}  # fmt: skip
     tuner_file.write_text(output / "config.json", json.dumps(text, indent=2) + "\n")
 
 

@@ -132,7 +132,7 @@ class Trainer:
             self._restore(checkpoint)
         accelerator.wait_for_everyone()
         if self.is_main:
-            setup.prepare_output(self.output, self.settings, tuner, self.done if checkpoint else None)
+            setup.prepare_output(self.output, config, self.settings, tuner, self.done if checkpoint else None)
             run_folder.require_space(self.output, setup.checkpoint_bytes(self.weights.vector, config), "a checkpoint")
         if config.report_to:
             setup.start_trackers(accelerator, self.settings, tuner)
@@ -346,7 +346,7 @@ class Trainer:
                     self._save_tuner(folder / tuner_file.FILE_NAME, torch.float32)
                 checkpoints.write_state(folder, state)
         if self.is_main:
-            checkpoints.delete_old(self.output, self.config.keep_last)
+            checkpoints.delete_old(self.output, self.config.keep_last, self.done)
 
     def _check_weights(self) -> None:
         if not torch.isfinite(self.weights.vector).all():
@@ -370,6 +370,7 @@ class Trainer:
         """Continues from a checkpoint that was written with the same settings."""
         state = checkpoints.load(folder, self.accelerator, self.weights.named, self.settings, asdict(self.tuner))
         checkpoints.drop_what_changed(state, self.digests, self._print)
+        setup.continue_schedule(self.lr_scheduler)
         if self.average:
             self.average.to(self.accelerator.device)
         self.done = self.kept_step = self.good_step = state.step
@@ -412,7 +413,7 @@ class Trainer:
             self.heldout.measure(self.done, self.weights.vector)
         if self.heldout.best:
             self.kept_step, best_weights = self.heldout.best
-            self._print(f"keeping the tuner of step {self.kept_step}, with the lowest held-out loss")
+            self._print(self.heldout.describe_best())
             self.weights.vector.data.copy_(best_weights)
         elif self.average:
             self.average.copy_to([self.weights.vector])

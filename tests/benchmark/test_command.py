@@ -97,6 +97,14 @@ def test_candidates_that_fail_are_reported_with_their_last_output(monkeypatch, c
     assert "| training step, batch 1: x reference's speed | at least 2.0 | not measured |" in printed
 
 
+def test_bad_input_is_a_sentence_before_anything_is_measured(tmp_path, capsys):
+    assert main(["imports", "--base", str(tmp_path / "nothere")]) == 1
+    assert "error: " in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["imports", "--json", str(tmp_path / "file/x.json")]) == 1
+    assert capsys.readouterr().err.startswith("error: [Errno")
+
+
 def test_an_unknown_part_is_refused_with_the_names_of_all_parts(capsys):
     with pytest.raises(SystemExit):
         main(["speed"])

@@ -13,6 +13,7 @@ import sdtune
 from sdtune.bases import load
 from sdtune.benchmark import processes
 from sdtune.evaluation import command, features, runs, tasks
+from sdtune.evaluation.__main__ import choose_gpu
 from sdtune.evaluation.command import main
 
 
@@ -99,6 +100,9 @@ def test_a_task_method_or_number_that_cannot_be_evaluated_is_reported(tmp_path, 
     assert "no method magic; possible: res_attn" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--seeds", "0"])
+    (tmp_path / "file").touch()
+    assert main(["--tasks", str(tasks.ROOT / "assets/anime"), "--output", str(tmp_path / "file/x")]) == 1
+    assert "Not a directory" in capsys.readouterr().err
 
 
 def test_the_trainer_does_not_see_the_processes_that_share_the_runs(monkeypatch):
@@ -106,6 +110,7 @@ def test_the_trainer_does_not_see_the_processes_that_share_the_runs(monkeypatch)
                        "ACCELERATE_MIXED_PRECISION": "bf16", "TORCHELASTIC_RUN_ID": "1"}.items():  # fmt: skip
         monkeypatch.setenv(name, text)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    choose_gpu()
     assert command._claim_process([]) == (3, 4, "bf16")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} & set(os.environ)

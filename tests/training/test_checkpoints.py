@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from training_runs import have_equal_tensors, last_checkpoint, short_run
 
 import sdtune
@@ -46,6 +47,29 @@ def test_an_unfinished_run_is_not_overwritten_and_resuming_names_what_has_change
     with pytest.raises(errors.TrainError, match="batch_size was 2 and is 3; seed was 0 and is 5"):
         sdtune.fit(short_run(pairs, tmp_path, batch_size=3, seed=5, resume=True))
     assert len(sdtune.fit(short_run(pairs, tmp_path, steps=2, resume=True)).losses) == 2
+
+
+def test_more_steps_continue_on_their_own_schedule(pairs, tmp_path):
+    straight, rates = trainer.Trainer(short_run(pairs, tmp_path / "straight", steps=6), sdtune.TunerConfig()), []
+    for _ in range(6):
+        rates.append(straight.optimizer.param_groups[0]["lr"])
+        straight.step()
+    straight.close()
+    sdtune.fit(short_run(pairs, tmp_path, steps=3))  # its rate has come down to 0
+    resumed = trainer.Trainer(short_run(pairs, tmp_path, steps=6, resume=True), sdtune.TunerConfig())
+    resumed.close()
+    assert resumed.done == 3 and resumed.optimizer.param_groups[0]["lr"] == rates[3] > 0
+
+
+def test_a_full_memory_is_no_damage_of_a_checkpoint(pairs, tmp_path, monkeypatch):
+    sdtune.fit(short_run(pairs, tmp_path, steps=1))
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Accelerator, "load_state", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        sdtune.fit(short_run(pairs, tmp_path, steps=2, resume=True))
 
 
 def test_a_nan_loss_right_after_resuming_keeps_the_weights_of_the_checkpoint(pairs, tmp_path, monkeypatch):

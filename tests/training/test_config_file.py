@@ -8,6 +8,7 @@ from training_runs import have_equal_tensors, last_checkpoint, short_run
 from transformers.hf_argparser import HfArgumentParser
 
 import sdtune
+from sdtune.training import run_folder
 from sdtune.training.config_file import expand_arguments
 
 
@@ -25,6 +26,16 @@ def test_a_yaml_file_names_settings_as_the_flags_do_and_flags_win(tmp_path):
     assert tuner.ops == ["attn1", "ff"] and config.trigger_words == "a b"
     assert config.preview_prompts == ["one, two", "three"]
     assert parse(f"--config={path}")[1].steps == 7
+
+
+def test_words_that_yaml_would_change_stay_as_they_are_written(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "mixed_precision: no\ntrigger_words: on\nauthor: 007\nflip: yes\nkeep_last: ~\nlicense:\nseed: 0010\n"
+    )
+    _, config = parse("--config", str(path))
+    assert (config.mixed_precision, config.trigger_words, config.author, config.flip) == ("no", "on", "007", True)
+    assert (config.keep_last, config.license, config.seed) == (None, "", 10)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +70,8 @@ def test_the_config_json_of_a_run_repeats_it_to_the_bit(pairs, tmp_path):
     tuner, config = parse("--config", str(result.config), "--output", str(tmp_path / "second/run"))
     known = dataclasses.asdict(first) | {"output": config.output, "mixed_precision": config.mixed_precision}
     assert dataclasses.asdict(config) == known and tuner == sdtune.TunerConfig(rank=2, attn_drop=0.1)
+    content = json.loads(result.config.read_text())
+    assert content["resolved"] == {"learning_rate": 1e-3, "resolution": 128}
     sdtune.fit(config, tuner)
     assert have_equal_tensors(last_checkpoint(tmp_path / "first/run"), last_checkpoint(tmp_path / "second/run"))
 
@@ -66,3 +79,11 @@ def test_the_config_json_of_a_run_repeats_it_to_the_bit(pairs, tmp_path):
 def test_init_takes_over_the_tuner_of_the_file_and_flags_change_it(files):
     tuner, config = parse("--init", str(files / "two.safetensors"), "--rank", "8")
     assert tuner == sdtune.TunerConfig(ops=["attn1", "ff"], rank=8) and config.init == str(files / "two.safetensors")
+
+
+def test_a_run_that_is_repeated_with_another_optimizer_gets_the_rate_that_suits_it(pairs, tmp_path):
+    result = sdtune.fit(short_run(pairs, tmp_path, steps=1, learning_rate=None))
+    assert json.loads(result.config.read_text())["resolved"]["learning_rate"] == 6e-3
+    assert run_folder.read_config(result.config.parent).learning_rate == 6e-3
+    _, config = parse("--config", str(result.config), "--optimizer", "prodigy")
+    assert config.learning_rate is None and config.resolution == 64

@@ -35,6 +35,8 @@ def test_the_tuner_is_zero_and_the_loss_depends_more_on_it(base, pairs, tmp_path
     for name, weight in ours.weights.named.items():
         if name.endswith(FIRST):
             rows = weight.flatten(1)
+            if tuner is LORA:
+                rows = rows / rows.norm(dim=1).mean()
             if not name.startswith("mid_block"):  # where few tokens give few directions at 64 px
                 assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-4)
         if name.endswith(SECOND):
@@ -50,7 +52,10 @@ def test_the_tuner_is_zero_and_the_loss_depends_more_on_it(base, pairs, tmp_path
     with torch.no_grad():  # rows of the same length, in random directions
         for name, weight in random.weights.named.items():
             if name.endswith(FIRST):
-                weight.copy_(torch.linalg.qr(torch.randn_like(weight.flatten(1)).T)[0].T.view_as(weight))
+                length = ours.weights.named[name].flatten(1).norm(dim=1).mean()
+                if tuner is LORA and not name.startswith("mid_block"):
+                    assert torch.isclose(length, weight.flatten(1).norm(dim=1).mean(), rtol=1e-4)
+                weight.copy_(length * torch.linalg.qr(torch.randn_like(weight.flatten(1)).T)[0].T.view_as(weight))
     assert gradient_of_second_projections(ours) > 1.5 * gradient_of_second_projections(random)
 
 

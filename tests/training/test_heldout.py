@@ -27,6 +27,14 @@ def test_a_run_that_memorises_stops_and_keeps_the_tuner_from_before_that(pairs, 
     assert have_equal_tensors(file.tensors, weights[2])
 
 
+def test_the_best_step_is_kept_even_if_the_base_is_better_and_that_is_said(pairs, tmp_path, monkeypatch, capsys):
+    curve = iter([0.1, 0.2, 0.3, 0.4])  # of the base, and after steps 2, 4, 6
+    monkeypatch.setattr(heldout, "denoising_errors", lambda *_: torch.tensor([mean := next(curve), mean + 0.01]))
+    result = sdtune.fit(short_run(pairs, tmp_path, steps=40, stop_when="memorising"))
+    assert result.steps == 2 and tuner_file.load(result.tuner).training["steps_done"] == 2
+    assert "step 2, with the lowest held-out loss; that of the base is lower still" in capsys.readouterr().out
+
+
 def test_a_stopping_rule_needs_held_out_images(pairs, tmp_path):
     (pairs / "test").rename(pairs.parent / "elsewhere")
     with pytest.raises(errors.TrainError, match="has none; move some pairs"):

@@ -55,6 +55,13 @@ def test_a_mask_file_belongs_to_the_picture_of_its_name(tmp_path, name, mode):
     )
 
 
+def test_a_mask_belongs_to_all_pictures_of_its_name(tmp_path):
+    problems = []
+    names = ["a.jpg", "a.png", "a-mask.png", "b.png"]
+    found = masks.find_mask_files(tmp_path, names, problems)
+    assert found == {name: [tmp_path / "a-mask.png"] for name in ("a.jpg", "a.png")} and not problems
+
+
 def test_masks_in_a_folder_next_to_train_are_found_in_its_subfolders(tmp_path):
     write_picture(tmp_path / "train/deep/a.png")
     write_mask(tmp_path / "train_mask/deep/a.png")

@@ -50,6 +50,29 @@ def test_a_finished_result_is_never_replaced_and_a_new_run_takes_a_new_folder(pa
     assert resumed.tuner == Path("output/anime/tuner.safetensors")
 
 
+def test_the_last_run_is_found_where_the_clock_is_coarse_and_where_earlier_ones_are_gone(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("anime", "anime-2", "anime-10", "anime-old"):
+        (tmp_path / "output" / name / "checkpoints/step-000001").mkdir(parents=True)
+        (tmp_path / "output" / name / ".lock").touch()
+        os.utime(tmp_path / "output" / name / ".lock", (1e9, 1e9))
+    assert run_folder._last_run() == Path("output/anime-10")
+    shutil.rmtree(tmp_path / "output/anime")
+    shutil.rmtree(tmp_path / "output/anime-10")
+    assert run_folder._last_run() == Path("output/anime-2")
+    shutil.rmtree(tmp_path / "output/anime-2")
+    with pytest.raises(errors.TrainError, match="there is no output/anime"):
+        run_folder._last_run()
+
+
+def test_keep_last_never_deletes_the_checkpoint_that_was_just_written(pairs, tmp_path):
+    for step in (2, 4, 999_800, 1_000_000, 1_000_200):
+        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+    checkpoints.delete_old(tmp_path, None, 4)
+    checkpoints.delete_old(tmp_path, 2, 1_000_000)  # the later one is damaged: the run has continued before it
+    assert [f.name for f in checkpoints.list_checkpoints(tmp_path)] == ["step-999800", "step-1000000"]
+
+
 def test_a_second_run_in_a_folder_says_which_process_has_it_and_a_dead_one_is_no_obstacle(pairs, tmp_path):
     code = f"""
 import json, os, sys, time

@@ -34,7 +34,10 @@ def test_a_run_leaves_tuner_preview_losses_and_settings(pairs, tmp_path):
     assert json.loads(metadata["sdtune.training"])["steps_done"] == 4
     assert json.loads(metadata["sdtune.base"])["name"] == "tiny-sd"
     settings_ = json.loads(result.config.read_text())
-    assert settings_["train"]["learning_rate"] == 1e-3 and settings_["tuner"]["rank"] == 4
+    assert (
+        settings_["train"]["learning_rate"] == settings_["resolved"]["learning_rate"] == 1e-3
+        and settings_["tuner"]["rank"] == 4
+    )
     preview = Image.open(result.preview)
     assert preview.width > 600 and Image.open(result.loss_plot).width > 400  # base, tuned and true columns
     assert (tmp_path / "run/previews/step-000002.png").exists()
