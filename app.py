@@ -30,7 +30,7 @@ def main() -> int:
     keep_freed_memory()
     try:
         backend = Backend(args.base, args.output)
-    except BaseError as error:
+    except (BaseError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     stop = threading.Event()
@@ -43,7 +43,7 @@ def main() -> int:
         stop.wait()
         page.close(verbose=False)
     except OSError as error:
-        print(f"error: {error}; choose another --port", file=sys.stderr)
+        print(f"error: {error}; choose another --port or --server-name", file=sys.stderr)
         return 1
     finally:
         backend.queue.close()
@@ -65,6 +65,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--share", action="store_true", help="also make a public link through Gradio's servers")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this user name and password")
     args = parser.parse_args()
+    if not 0 <= args.port < 65536:
+        parser.error(f"--port is {args.port}; expected a number from 0 to 65535")
     if args.auth and not all(args.auth.partition(":")):
         parser.error(f"--auth is {args.auth!r}; expected USER:PASSWORD")
     return args

@@ -1,4 +1,4 @@
-"""An offline stand-in for VTAB-1K: prepares a pretrained backbone and six tasks, and runs sdtune.vision on them.
+"""An offline stand-in for VTAB-1K: prepares a pretrained backbone and its tasks, and runs sdtune.vision on them.
 
     pip install onnx resvg_py
     python assets/vision_suite.py                        # prepares .cache/vision and prints the command

@@ -4,6 +4,7 @@ import json
 
 from ..check import words
 from ..training.buckets import AspectBuckets
+from ..training.config import TrainConfig
 from . import html_parts
 from .backend import Backend
 from .errors import PageError, plain_message
@@ -25,8 +26,9 @@ def look_through(backend: Backend, uploaded, captions: str, resolution, square: 
         texts = json.loads(captions)
         if len(texts) != len(uploaded.pairs):  # the fields are still loading
             texts = [caption for _, caption in uploaded.pairs]
-        buckets = AspectBuckets(int(resolution or 0) or backend.side, bool(square))
+        config = TrainConfig(resolution=int(resolution) if resolution else None)  # which is checked so
+        buckets = AspectBuckets(config.resolution or backend.side, bool(square))
         lines, cards = backend.datasets.look_through(uploaded, texts, buckets)
         return html_parts.picture_sheet([*lines, *words.describe_words(trigger_words or "")], cards)
-    except (ValueError, OSError) as error:
+    except (ValueError, OverflowError, OSError) as error:
         return html_parts.message(plain_message(error), error=True)

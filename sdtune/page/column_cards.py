@@ -27,7 +27,15 @@ def build_column_cards(window: Window) -> None:
                 added = add.click(lambda columns: [*columns, {}], window.columns, window.columns, **QUIET)
                 rebuild_cards(added, window)
 
-    window.files_version.change(lambda version: version + 1, window.cards_version, window.cards_version, **QUIET)
+    def on_files(version, columns):
+        labels = window.backend.files.labels(checkpoints=True)
+        gone = dict.fromkeys(label for column in columns for label in column if label not in labels)
+        if gone:
+            gr.Info(f"These adapters are not in Files any more, so they are left out: {', '.join(gone)}.")
+        return version + 1, [{k: weight for k, weight in column.items() if k in labels} for column in columns]
+
+    state = [window.cards_version, window.columns]
+    window.files_version.change(on_files, state, state, **QUIET)
 
 
 def _build_card(window: Window, index: int, column: dict[str, float], labels: list[str], removable: bool) -> None:

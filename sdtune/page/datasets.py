@@ -64,7 +64,13 @@ class UploadedImages:
         }
 
     def write(self, folder: Path, captions: Sequence[str], heldout: int = 0) -> None:
-        """Writes the images and captions as a data set into a new folder."""
+        """Writes the images and captions as a data set into a new folder.
+
+        Raises:
+            PageError: if the images have been deleted.
+        """
+        if not self.folder.exists():
+            raise PageError("These images were dropped more than a day ago and are deleted. Drop them again.")
         metadata = self.metadata(captions, heldout)
         for split, names in self.splits(heldout).items():
             (folder / split).mkdir(parents=True)
@@ -185,8 +191,12 @@ class Datasets:
         folder = Path(folder)
         if not folder.exists():
             part = folder.with_name(f".{secrets.token_hex(8)}.part")
-            uploaded.write(part, captions, heldout)
-            part.rename(folder)
+            try:
+                uploaded.write(part, captions, heldout)
+                part.rename(folder)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
 
 
 def _read(path: Path) -> str | None:

@@ -1,6 +1,7 @@
 """The errors of the page, and how an error reads for somebody who uses it."""
 
 import traceback
+from contextlib import suppress
 
 from ..adapters import disk
 from ..training.errors import DataError, TrainError, is_out_of_memory
@@ -22,7 +23,8 @@ def plain_message(error: BaseException) -> str:
         return " ".join(str(error).split())
     if disk.is_full(error):
         return "The disk of the page's output folder is full. Free some space, then try again."
-    traceback.print_exception(error)
+    with suppress(OSError, ValueError):  # the terminal may be gone
+        traceback.print_exception(error)
     if is_out_of_memory(error):
         return "The memory is full. Try a smaller size, fewer images or a smaller batch."
     text = " ".join(str(error).split())[:300]

@@ -1,8 +1,9 @@
 """The adapter files that the page offers: tuners and LoRAs, what their metadata says, and whether they fit the base."""
 
+import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class AdapterFiles:
             self._scanned = time.monotonic()
             by_label, known = {}, {}
             for folder in self.folders:
-                for path in sorted(p for p in folder.rglob("*.safetensors") if _is_listed(folder, p)):
+                for path in sorted(p for p in _find_files(folder) if _is_listed(folder, p)):
                     try:
                         stat = path.stat()
                     except OSError:  # the file was removed a moment ago
@@ -173,6 +174,13 @@ class AdapterFiles:
         base = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture") or ""
         trigger_words = metadata.get("modelspec.trigger_phrase", "")
         return AdapterFile(label, path, kind, problem, base[:200], trigger_words[:500], details=details, **facts)
+
+
+def _find_files(folder: Path) -> Iterator[Path]:
+    """The .safetensors files below a folder, without hidden folders; others may come and go meanwhile."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if name.endswith(".safetensors"))
 
 
 def _is_listed(folder: Path, path: Path) -> bool:

@@ -23,7 +23,7 @@ class OutputFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.private = self.path / ".page"
-        self.images = self.private / "images"  # the only folder whose files the web server hands out
+        self.images = self.private / "images"  # whose files the web server hands out, as it does a window's own uploads
         self.private.mkdir(parents=True, exist_ok=True)
         self.delete_old()
 

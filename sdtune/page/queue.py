@@ -7,6 +7,7 @@ between two of its steps. An error in a job never ends the queue.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -150,7 +151,9 @@ class Queue:
         except JobStopped:
             state = "stopped"
         except BaseException as error:  # also an error that is no Exception must not end the thread of the queue
-            job.error, state = plain_message(error), "failed"
+            state, job.error = "failed", type(error).__name__  # until there are better words
+            with suppress(Exception):
+                job.error = plain_message(error)
         with self._changed:
             self._running.remove(job)
             job.seconds, job.state = time.monotonic() - started, state

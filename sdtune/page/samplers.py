@@ -10,15 +10,17 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+_PLAIN = {"use_karras_sigmas": False}  # whatever the base's own scheduler has
+
 SAMPLERS = {
     "PNDM": (PNDMScheduler, {"skip_prk_steps": True}),
     "DDIM": (DDIMScheduler, {}),
-    "Euler": (EulerDiscreteScheduler, {}),
+    "Euler": (EulerDiscreteScheduler, _PLAIN),
     "Euler a": (EulerAncestralDiscreteScheduler, {}),
-    "Heun": (HeunDiscreteScheduler, {}),
-    "DPM++ 2M": (DPMSolverMultistepScheduler, {}),
+    "Heun": (HeunDiscreteScheduler, _PLAIN),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, _PLAIN),
     "DPM++ 2M Karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "UniPC": (UniPCMultistepScheduler, {}),
+    "UniPC": (UniPCMultistepScheduler, _PLAIN),
 }
 
 

@@ -60,7 +60,7 @@ def build_train_tab(window: Window) -> tuple:
                 train = gr.Button("Train", variant="primary", elem_id="train")
                 stop = gr.Button("Stop", interactive=False, elem_id="stop-train")
             with gr.Accordion("Train in a shell instead", open=False):
-                command = gr.Textbox(label="Command", info="Run it in the folder of train_anime.py.", lines=3,
+                command = gr.Textbox(label="Command", info="Run it in the folder where app.py was started.", lines=3,
                                      buttons=["copy"], interactive=False, elem_id="train-command")  # fmt: skip
                 save = gr.Button("Save my images where this command reads them", size="sm", elem_id="save-data")
         with gr.Column(scale=5, min_width=300):

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from ..adapters import api, tuner_file
 from ..bases.single_file import CONFIGS
-from ..training import checkpoints, dataset, setup
+from ..training import caption_variants, checkpoints, dataset, setup
 from ..training.buckets import AspectBuckets
 from ..training.config import DEFAULT_KIND, TrainConfig
 from ..training.errors import Stopped
@@ -59,7 +59,8 @@ class TrainingRun:
 
     def shell_command(self) -> str:
         """The command that trains the same in a shell."""
-        words = ["accelerate", "launch", "train_anime.py"]
+        script = ASSETS.parent / "train_anime.py"  # the other paths are relative to the folder of this process, too
+        words = ["accelerate", "launch", script.name if Path(script.name).exists() else str(script)]
         defaults = asdict(TrainConfig()) | asdict(TunerConfig(self.tuner.kind)) | {"kind": DEFAULT_KIND}
         for name, value in (asdict(self.config) | asdict(self.tuner)).items():
             if value is not None and value != defaults[name]:
@@ -216,7 +217,7 @@ class Trainings:
             pairs = dataset.read_pairs(config.data, AspectBuckets(self.datasets.side), log=lambda _: None)
         except ValueError:
             return ""
-        return f"{config.trigger_words} {pairs[0].caption}".strip()
+        return caption_variants.first_text(pairs[0], config.trigger_words)
 
     def _check_size(self, run: TrainingRun, done: int = 0) -> None:
         """Raises a PageError for a training that is too long, or that would fill the disk with what it writes.
@@ -241,7 +242,9 @@ class Trainings:
             unet, needed = sd15_unet(), FETCHED_BASE
         shapes = api.expected_shapes(unet, run.tuner).values()
         weights = torch.empty(sum(math.prod(shape) for shape in shapes), device="meta")
-        needed += (steps // config.checkpoint_every + 2) * setup.checkpoint_bytes(weights, config)
+        kept = steps // config.checkpoint_every + 1
+        kept = min(kept, config.keep_last or kept)
+        needed += (kept + 1) * setup.checkpoint_bytes(weights, config)
         side = config.resolution or self.datasets.side
         previews = steps // config.preview_every + 1 if config.preview_every else 1
         needed += previews * 3 * (len(config.preview_prompts) or 4) * 3 * side**2  # base, tuned and true image of each

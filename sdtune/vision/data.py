@@ -6,6 +6,7 @@ are read (both sides, bicubic, as NOAH does for VTAB-1K) and kept as bytes.
 
 import gzip
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -124,11 +125,18 @@ def read_data(source: str, val_share: float = 0.2, train_size: int | None = None
     random = np.random.default_rng(seed)
     if "test" not in splits:
         splits["train"], splits["test"] = _divide(splits["train"], 0.2, random, "test")
-    if train_size is not None and "val" not in splits:
-        if not 2 * len(classes) <= train_size <= len(splits["train"]):
-            reason = f"{len(classes)} classes (two pictures each at least) and {len(splits['train'])} pictures"
+        if not len(splits["test"]):
+            least = min(Counter(splits["train"].labels).values())
+            raise DataError(source, [f"a fifth of each class is the test, but a class has {least} pictures; give each "
+                                     "class three or more, or give a folder test"])  # fmt: skip
+    if train_size is not None:
+        parts = [name for name in ("train", "val") if name in splits]
+        there = sum(len(splits[name]) for name in parts)
+        if not 2 * len(classes) <= train_size <= there:
+            reason = f"{len(classes)} classes (two pictures each at least) and {there} pictures"
             raise DataError(source, [f"a training size of {train_size} is not possible with {reason}"])
-        splits["train"], _ = _divide(splits["train"], 1 - train_size / len(splits["train"]), random, "rest")
+        for name in parts:
+            splits[name], _ = _divide(splits[name], 1 - train_size / there, random, "rest")
     if "val" not in splits:
         splits["train"], splits["val"] = _divide(splits["train"], val_share, random, "val")
     return Data(name, classes, splits["train"], splits["val"], splits["test"])
@@ -283,7 +291,7 @@ def read_idx(folder: Path) -> tuple[list[str], dict[str, Split]]:
                 continue
             try:
                 arrays.append(_read_idx_file(file, magic))
-            except (OSError, ValueError, EOFError) as error:
+            except (OSError, ValueError, EOFError, zlib.error) as error:
                 problems.append(f"{file.name}: {error}")
         if len(arrays) == 2 and len(arrays[0]) != len(arrays[1]):
             problems.append(f"{prefix}: {len(arrays[0])} pictures, but {len(arrays[1])} labels")

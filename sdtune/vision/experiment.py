@@ -55,6 +55,7 @@ class Experiment:
     def __init__(self, settings: Settings):
         self.settings, self.output = settings, Path(settings.output)
         problems, self.methods, self.data = [], [], []
+        self._read: dict[str, dict[str, Pixels]] = {}  # by data set
         for name in settings.kinds:
             try:
                 self.methods.append(parse_method(name))
@@ -69,6 +70,10 @@ class Experiment:
                 self.data.append(read_data(source, train_size=settings.train_size))
             except DataError as error:
                 problems += [f"{source}: {p}" for p in error.problems]
+            else:
+                if not len(self.data[-1].val) and (settings.grid or len(settings.rates) > 1):
+                    problems.append(f"{source}: no picture is left for validation, by which a rate is chosen; give "
+                                    "each class more pictures, or one rate alone")  # fmt: skip
         names = [d.name for d in self.data]
         problems += [f"two data sets are called {n}; rename a folder" for n in sorted(set(names)) if names.count(n) > 1]
         self.results = self._read_results(problems)
@@ -104,7 +109,8 @@ class Experiment:
 
     def run(self) -> None:
         """Does all runs, the seeds outermost, so that the table is complete for one seed first; then the report."""
-        pixels = {}
+        if any(f"{d.name}/{m.name}/seed-0" not in self.results["runs"] for d in self.data for m in self.methods):
+            self._write_results()  # other settings are refused from here on, as a stopped run is continued
         total = self.settings.seeds * len(self.data) * len(self.methods)
         began, number = time.monotonic(), 0
         for seed in range(self.settings.seeds):
@@ -116,10 +122,8 @@ class Experiment:
                     if key in self.results["runs"]:
                         continue
                     classifier = classifier or self._load(data)
-                    if data.name not in pixels:
-                        pixels[data.name] = self._pixels(data, classifier)
                     head = f"[{number} of {total}, {(time.monotonic() - began) / 60:.0f} min] {key}"
-                    self._run(key, head, data, classifier, method, seed, pixels[data.name])
+                    self._run(key, head, data, classifier, method, seed)
         report.write(self.output, self.results, [m.name for m in self.methods], [d.name for d in self.data])
 
     def _load(self, data: Data) -> model.Classifier:
@@ -129,17 +133,17 @@ class Experiment:
         return model.Classifier(loaded, setup, _DTYPES[self.settings.mixed_precision])
 
     def _pixels(self, data: Data, classifier: model.Classifier) -> dict[str, Pixels]:
-        splits = {"all": data.train + data.val, "test": data.test}
-        if self.settings.grid or len(self.settings.rates) > 1:
-            splits |= {"train": data.train, "val": data.val}
-        return {n: Pixels(s, classifier.setup.image_size, self.device) for n, s in splits.items()}
+        """The pixels of the splits of a data set, read once."""
+        if data.name not in self._read:
+            splits = {"all": data.train + data.val, "test": data.test}
+            if len(self._candidates(self.methods[0])) > 1:
+                splits |= {"train": data.train, "val": data.val}
+            self._read[data.name] = {n: Pixels(s, classifier.setup.image_size, self.device) for n, s in splits.items()}
+        return self._read[data.name]
 
-    def _run(self, key: str, head: str, data: Data, classifier, method: Method, seed: int, pixels: dict) -> None:
+    def _run(self, key: str, head: str, data: Data, classifier, method: Method, seed: int) -> None:
         folder = self.output / key
-        settings = self.settings
-        schedule = Schedule(settings.epochs, settings.batch_size, augment=settings.augment)
-        chosen_on = self.data[0].name if settings.choose_on_first else data.name  # its runs come first
-        schedule = self._chosen(f"{chosen_on}/{method.name}", schedule, classifier, method, pixels)
+        schedule, pixels = self._choose(data, classifier, method), self._pixels(data, classifier)
 
         def log(text: str) -> None:
             print(f"\r{head}: {text}".ljust(100), end="", flush=True)
@@ -159,18 +163,24 @@ class Experiment:
             report.draw_mistakes(folder / "mistakes.png", data, predictions)
         print(f"\r{head}: {found['accuracy']:.1%} of the test in {found['seconds']:.0f} s".ljust(100))
 
-    def _chosen(self, name: str, schedule: Schedule, classifier, method: Method, pixels: dict) -> Schedule:
-        """The schedule with the rate and decay that do best on the validation pictures; kept in results.json."""
-        rates = list(GRID_RATES) if self.settings.grid and not self.settings.rates else self.settings.rates
-        rates = [r / 10 for r in rates] if method.config.kind == FULL else rates
-        decays = GRID_DECAYS if self.settings.grid else (schedule.decay,)
-        candidates = [replace(schedule, rate=r, decay=d) for r in rates for d in decays]
-        if len(candidates) < 2:
-            return candidates[0] if candidates else schedule
-        tried = self.results["grid"].setdefault(name, {})
-        for candidate in candidates:
-            key = f"rate {candidate.rate:g}, decay {candidate.decay:g}"
+    def _choose(self, data: Data, classifier: model.Classifier, method: Method) -> Schedule:
+        """The schedule with the rate and decay that do best on the validation pictures of this data set, or of the
+        first; what was tried is kept in results.json."""
+        candidates = self._candidates(method)
+        if len(candidates) == 1:
+            return candidates[0]
+        if self.settings.choose_on_first:
+            data = self.data[0]
+        name = f"{data.name}/{method.name}"
+        tried, keys = (
+            self.results["grid"].setdefault(name, {}),
+            [f"rate {c.rate:g}, decay {c.decay:g}" for c in candidates],
+        )
+        if not tried.keys() >= set(keys) and data.classes != classifier.setup.labels:
+            classifier = self._load(data)
+        for key, candidate in zip(keys, candidates):
             if key not in tried:
+                pixels = self._pixels(data, classifier)
                 try:
                     found = train(classifier, method, pixels["train"], pixels["val"], candidate, 0, log=lambda _: None)
                     tried[key] = found["accuracy"]
@@ -178,4 +188,13 @@ class Experiment:
                     tried[key] = 0.0
                 self._write_results()
                 print(f"{name}: {key}: {tried[key]:.1%} of the validation pictures")
-        return max(candidates, key=lambda c: tried[f"rate {c.rate:g}, decay {c.decay:g}"])
+        return max(candidates, key=lambda c: tried[keys[candidates.index(c)]])
+
+    def _candidates(self, method: Method) -> list[Schedule]:
+        """The schedules to choose from, with each rate and decay."""
+        settings = self.settings
+        schedule = Schedule(settings.epochs, settings.batch_size, augment=settings.augment)
+        rates = settings.rates or (list(GRID_RATES) if settings.grid else [schedule.rate])
+        rates = [r / 10 if r and method.config.kind == FULL else r for r in rates]
+        decays = GRID_DECAYS if settings.grid else (schedule.decay,)
+        return [replace(schedule, rate=r, decay=d) for r in rates for d in decays]

@@ -135,7 +135,9 @@ def load_base(
     logging.set_verbosity_error()  # that the head is new is no news
     logging.disable_progress_bar()
     try:
-        model = AutoModelForImageClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
+        model, info = AutoModelForImageClassification.from_pretrained(
+            base, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise BaseError(f"the base {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
@@ -143,6 +145,11 @@ def load_base(
     if not is_vision_model(model) or not find_heads(model):
         raise BaseError(f"the base {base} is a {type(model).__name__}, which has no transformer blocks with a known "
                         "layout; ViT, DeiT and DINOv2 have")  # fmt: skip
+    fresh = (*find_heads(model), "pooler", "mask_token")  # which may be new, or are not used
+    found = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if lacking := sorted(key for key in found if not any(name in key for name in fresh)):
+        raise BaseError(f"the base {base} lacks {len(lacking)} weights of its model, or has them in another shape: "
+                        f"{tuner_file.list_some(lacking)}; fetch or save it again")  # fmt: skip
     try:
         found, _ = ImageProcessingMixin.get_image_processor_dict(base)
         mean, std = found["image_mean"], found["image_std"]

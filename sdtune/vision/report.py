@@ -71,7 +71,7 @@ def markdown(results: dict, methods: list[str], data: list[str]) -> str:
               "seconds", "rate", "paper: Param. (M)"]  # fmt: skip
     lines += [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
     for method in methods:
-        runs = [r for k, r in results["runs"].items() if k.split("/")[-2] == method and k.split("/")[0] in data and
+        runs = [r for k, r in results["runs"].items() if k.split("/")[-2] == method and k.rsplit("/", 2)[0] in data and
                 "correct" in r]  # fmt: skip
         if not runs:
             continue
@@ -164,6 +164,8 @@ def _label_points(axes, points: dict[str, tuple[float, float, str]], gap: float 
     Args:
         gap: least distance of two names, as a share of the height.
     """
+    if not points:  # no run was finite
+        return
     low, high = axes.get_ylim()
     names = sorted(points, key=lambda name: points[name][1])
     heights = [(points[name][1] - low) / (high - low) for name in names]

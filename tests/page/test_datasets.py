@@ -1,8 +1,11 @@
 """Uploaded images and captions are checked before a training."""
 
+import shutil
+
 import pytest
 from PIL import Image
 
+from sdtune.page.check_images import look_through
 from sdtune.page.datasets import UploadedImages
 from sdtune.page.errors import PageError
 from sdtune.training import dataset
@@ -31,6 +34,29 @@ def test_two_files_with_one_name_are_a_problem(backend, tmp_path):
         Image.new("RGB", (128, 128)).save(tmp_path / folder / "same.png")
     uploaded = backend.datasets.receive([tmp_path / "a" / "same.png", tmp_path / "b" / "same.png"])
     assert len(uploaded.problems) == 1 and "two files with this name" in uploaded.problems[0]
+
+
+def test_images_that_were_deleted_and_resolutions_out_of_range_are_said_and_nothing_is_left_half_kept(
+    backend, tmp_path, monkeypatch
+):
+    Image.new("RGB", (128, 128)).save(tmp_path / "x.png")
+    uploaded = backend.datasets.receive([tmp_path / "x.png"])
+    for resolution in (-5, 7, 10_000_000, 1e400):
+        said = look_through(backend, uploaded, '["a cat"]', resolution, False, "")
+        assert "must be from 64 to 8192" in said or "infinity" in said
+    folder = backend.datasets.folder_for(uploaded, ["a cat"], "cats")
+
+    def fail(*_):
+        raise OSError(28, "No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", fail)
+        with pytest.raises(OSError, match="No space left"):
+            backend.datasets.keep(uploaded, ["a cat"], folder)
+    assert not list(folder.parent.glob(".*"))
+    shutil.rmtree(uploaded.folder)
+    with pytest.raises(PageError, match="dropped more than a day ago"):
+        backend.datasets.keep(uploaded, ["a cat"], folder)
 
 
 def test_the_same_images_and_captions_are_kept_in_one_folder(backend, tmp_path):

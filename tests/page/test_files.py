@@ -1,5 +1,6 @@
 """The list of adapter files says which ones fit the base, and why the others do not."""
 
+import os
 import shutil
 
 import pytest
@@ -61,6 +62,19 @@ def test_the_version_increases_only_when_the_files_have_changed(base, folder):
     version = files.version
     (folder / "two.safetensors").unlink()
     assert files.scan() == version + 1 and "two" not in files.by_label and files.scan() == version + 1
+
+
+def test_folders_that_vanish_during_a_scan_are_no_error_and_hidden_ones_are_not_searched(base, folder, monkeypatch):
+    shutil.copytree(folder / "mine", folder / ".page" / "mine")
+    walk = os.walk
+
+    def walk_and_delete(top):
+        for found in walk(top):
+            yield found
+            shutil.rmtree(folder / "mine", ignore_errors=True)
+
+    monkeypatch.setattr("os.walk", walk_and_delete)
+    assert "two" in AdapterFiles([folder], base.unet).by_label
 
 
 def test_a_preview_that_is_drawn_after_the_file_is_found(base, folder):

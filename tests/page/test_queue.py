@@ -43,6 +43,21 @@ def test_jobs_run_one_at_a_time_and_an_error_does_not_end_the_queue(queue, wait_
     assert second.error == "a <b>wrong</b> value" and "<b>" not in html_parts.drawing_status(second)
 
 
+def test_an_error_does_not_end_the_queue_where_the_terminal_is_gone(queue, wait_for, monkeypatch):
+    def fail(job):
+        raise KeyError("boom")
+
+    class Gone:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+        flush = write
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    assert "KeyError: 'boom'" in wait_for(queue.submit(Job("a", "drawing", "columns", fail))).error
+    assert wait_for(queue.submit(Job("b", "drawing", "columns", lambda job: "drawn"))).result == "drawn"
+
+
 def test_a_drawing_runs_between_training_steps_and_does_not_change_the_random_numbers(queue, wait_for):
     drawn, numbers = [], []
 

@@ -3,15 +3,19 @@
 import json
 import math
 import random
+import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, ViTConfig, ViTForImageClassification
 
 from sdtune.adapters import tuner_file
+from sdtune.bases.errors import BaseError
 from sdtune.tuners.config import ALL_KINDS
-from sdtune.vision import load_classifier, training
+from sdtune.vision import experiment, load_classifier, report, training
 from sdtune.vision.command import main
 from sdtune.vision.data import Pixels, read_data
 from sdtune.vision.methods import PAPER_PARAMETERS, parse_method
@@ -187,6 +191,62 @@ def test_an_output_folder_of_other_settings_is_refused_and_kept(base, colours, t
     assert main(arguments(base, colours, tmp_path, *more, "--epochs", "3")) == 1
     assert "epochs was 2 and is 3" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_a_stopped_run_is_not_continued_with_another_base(base, colours, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "_SAVE_EVERY", 0)
+    train = experiment.train
+
+    def stop(*args, **more):
+        args[-1]("epoch 1")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "train", stop)
+    more = ("--kinds", "linear", "--seeds", "1", "--epochs", "2")
+    main(arguments(base, colours, tmp_path / "out", *more))
+    monkeypatch.setattr(experiment, "train", train)
+    other = shutil.copytree(base, tmp_path / "other")
+    assert main(arguments(other, colours, tmp_path / "out", *more)) == 1
+    assert "base was" in capsys.readouterr().err
+    assert main(arguments(base, colours, tmp_path / "out", *more)) == 0
+
+
+def test_a_base_that_lacks_weights_is_refused_and_a_new_head_is_none_of_them(base, tmp_path):
+    tensors = load_file(base / "model.safetensors")
+    key = next(k for k in tensors if k.endswith("weight") and ".layer" in k and tensors[k].dim() == 2)
+    for name, changed in (
+        ("missing", {k: t for k, t in tensors.items() if k != key}), ("small", {**tensors, key: torch.zeros(3, 3)}),
+    ):  # fmt: skip
+        folder = shutil.copytree(base, tmp_path / name)
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(BaseError, match=f"{name} lacks 1 weights of its model, .*; fetch or save it again"):
+            load_base(str(folder), ["a", "b"])
+    assert load_base(str(base), ["a", "b", "c"])[0].classifier.out_features == 3
+
+
+def test_the_rate_is_chosen_on_the_first_data_set_also_if_its_runs_are_done(base, colours, tmp_path):
+    first = arguments(base, colours, tmp_path / "out", "--kinds", "linear", "--seeds", "1", "--epochs", "2", "--rates",
+                      "1e-3", "0.01", "--choose_on_first")  # fmt: skip
+    assert main(first) == 0
+    path = tmp_path / "out/results.json"
+    results = json.loads(path.read_text())
+    tried = results["grid"].pop("colours/linear")
+    path.write_text(json.dumps(results))
+    write_pictures(tmp_path / "two/train", dict(list(COLOURS.items())[:2]), seed=5)
+    write_pictures(tmp_path / "two/test", dict(list(COLOURS.items())[:2]), seed=6)
+    assert main([*first[:3], str(colours), str(tmp_path / "two"), *first[4:]]) == 0
+    assert json.loads(path.read_text())["grid"] == {"colours/linear": tried}
+
+
+def test_the_table_has_the_rows_of_data_sets_of_the_hub_and_the_plot_bears_runs_that_all_failed(tmp_path):
+    run = {"correct": "10", "parameters": 1, "head_parameters": 1, "memory": 1, "seconds": 1, "rate": 1e-3}
+    results = {
+        "settings": asdict(experiment.Settings(data=["owner/name"])),
+        "data": {n: {"classes": ["a", "b"], "train": 2, "val": 1, "test": 2} for n in ("owner/name", "other")},
+        "runs": {"owner/name/linear/seed-0": run, "other/linear/seed-0": {"failed": "no"}},
+    }
+    report.write(tmp_path, results, ["linear"], ["owner/name", "other"])
+    assert "| linear | 50.0" in (tmp_path / "table.md").read_text() and (tmp_path / "accuracy.png").is_file()
 
 
 def test_names_of_methods_give_the_settings_they_say():

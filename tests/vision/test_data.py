@@ -91,6 +91,31 @@ def test_idx_files_are_read_grey_as_rgb_and_a_training_size_is_drawn_evenly(tmp_
         read_data(str(tmp_path))
 
 
+def test_a_training_size_counts_where_there_are_validation_pictures_and_too_few_pictures_are_said(tmp_path):
+    write_lists(tmp_path / "lists")
+    data = read_data(str(tmp_path / "lists"), train_size=6)
+    assert len(data.train) + len(data.val) == 6 and len(data.val) > 0
+    with pytest.raises(DataError, match="a training size of 100 is not possible with 3 classes .* and 12 pictures"):
+        read_data(str(tmp_path / "lists"), train_size=100)
+    for name in ("a/0", "a/1", "b/0", "b/1"):
+        path = tmp_path / f"small/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(DataError, match="a class has 2 pictures; give each class three or more, or give a folder test"):
+        read_data(str(tmp_path / "small"))
+
+
+def test_a_damaged_gz_file_is_a_problem_of_the_data(tmp_path):
+    write_idx(tmp_path, "train", 200)
+    write_idx(tmp_path, "t10k", 40, seed=1)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    content = bytearray(path.read_bytes())
+    content[10:14] = b"\xff\xff\xff\xff"  # not a block of deflate
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="train-images-idx3-ubyte.gz: "):
+        read_data(str(tmp_path))
+
+
 def test_grey_16_bit_and_transparent_pictures_become_rgb(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
