@@ -7,6 +7,7 @@ result of zero, the gradient of `down` is a random sketch of it.
 """
 
 import torch
+from accelerate.utils import broadcast
 from tqdm.auto import tqdm
 
 from ..tuners.config import LORAS, RES_ATTN_LAYER, TunerConfig
@@ -83,4 +84,6 @@ def start_from_gradients(trainer) -> bool:
             directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
             length = 1 if name.endswith(".down.weight") else random_start[name].flatten(1).norm(dim=1).mean()
             named[name][:rows] = length * directions[:rows].view(rows, *named[name].shape[1:])
+    if trainer.accelerator.num_processes > 1:  # singular vectors of the same gradients may differ between devices
+        weights.vector.data.copy_(broadcast(weights.vector.data))
     return bool(sketches)
