@@ -112,7 +112,7 @@ def test_pickles_are_refused_under_any_name_and_a_lora_is_told_apart(tmp_path):
         with pytest.raises(sdtune.TunerFileError, match=f"{name}.*pickle"):
             tuner_file.load(tmp_path / name)
     save_file({"unet.x.lora_A.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(sdtune.TunerFileError, match="load_lora_weights"):
+    with pytest.raises(sdtune.TunerFileError, match="looks like a LoRA of another tool"):
         tuner_file.load(tmp_path / "lora.safetensors")
 
 

@@ -377,9 +377,11 @@ def test_broken_folders_are_refused(folder, tmp_path):
 
     write_index(tmp_path, "StableDiffusionInpaintPipeline")
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").write_text(json.dumps({"in_channels": 9, "sample_size": [64, 64]}))
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"in_channels": 9, "sample_size": [64, 96]}))
     assert_refused(tmp_path, tmp_path, "reads 9 channels", "another base")
-    assert_refused(tmp_path, tmp_path, "[64, 64]", "resolution", native_resolution)
+    assert_refused(tmp_path, tmp_path, "[64, 96]", "resolution", native_resolution)
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"sample_size": [64, 64]}))
+    assert native_resolution(tmp_path) == 512
 
     cut = shutil.copytree(folder, tmp_path / "cut")
     for part in ("unet", "text_encoder", "vae"):
