@@ -69,10 +69,10 @@ def native_resolution(base: str | Path) -> int:
         return inspect_single_file(path).resolution
     config = _from_hub(str(base), "unet/config.json") if path is None else path / "unet" / "config.json"
     size = _read_json(config).get("sample_size")
-    sides = set(size) if isinstance(size, list) else {size}  # height and width, where it is a list
-    if len(sides) != 1 or not all(isinstance(side, int) for side in sides):
+    sides = size if isinstance(size, list) else [size]  # height and width, where it is a list
+    if not sides or not all(isinstance(side, int) and side == sides[0] for side in sides):
         raise BaseError(f"{config} has sample_size {size!r}; expected a whole number; set the resolution yourself")
-    return 8 * sides.pop()
+    return 8 * sides[0]
 
 
 def _local(base: str | Path) -> Path | None:

@@ -129,7 +129,7 @@ def read_config(folder: Path) -> TrainConfig:
         known = {field.name for field in fields(TrainConfig)}
         settings = {k: v for k, v in {**checkpoints.BEFORE_OPTIONS, **settings}.items() if k in known}
         return TrainConfig(**settings, output=str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise TrainError(f"{path} cannot be read ({error}); expected what a training wrote") from error
 
 
