@@ -116,7 +116,7 @@ def _load_plain_lora(pipe, path: Path, name: str) -> None:
             raise tuner_file.TunerFileError(f"{path} is a LoRA that does not fit this base: {reason}") from error
     pipe.enable_lora()
     pipe.set_adapters(name)
-    _adapters(pipe)[name].clip_skip = foreign_lora.trained_clip_skip(path)
+    _adapters(pipe)[name].clip_skip = tuner_file.trained_clip_skip(path)
     for model in models:
         diffusers_guards.guard(model)
 

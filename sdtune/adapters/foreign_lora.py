@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from . import foreign_oft
+from . import foreign_oft, tuner_file
 from .diffusers_guards import check_projections
 from .tuner_file import TunerFileError, list_some
 
@@ -337,6 +337,12 @@ def load(pipe, path: Path, name: str) -> None:
         check_projections(pipe.unet, found.layers.get("unet", {}))
     except ValueError as error:
         raise TunerFileError(f"{path} cannot be loaded: {error}") from error
+    models = [getattr(pipe, model) for model in found.layers]
+    if found.kind in ("LoHa", "LoKr", "OFT") and any(p.is_meta for model in models for p in model.parameters()):
+        raise TunerFileError(
+            f"{path} is a {found.kind}, which draws nothing sensible where each layer is offloaded by itself; use "
+            "pipe.enable_model_cpu_offload() in the place of enable_sequential_cpu_offload()"
+        )
     if found.kind in ("LoHa", "LoKr"):
         _load_lycoris(pipe, found, tensors, name)
     elif found.kind == "OFT":
@@ -382,7 +388,7 @@ def _peft_scales(found: ForeignLora) -> dict[str, Callable[[str, int], float]]:
     try:
         if found.is_peft:
             configs = dict.fromkeys(found.layers, json.loads(path.read_text(encoding="utf-8")))
-        elif text := read_metadata(found.path).get("lora_adapter_metadata"):
+        elif text := tuner_file.read_metadata(found.path).get("lora_adapter_metadata"):
             path, settings = f"{found.path}: its metadata lora_adapter_metadata", json.loads(text)
             for model in found.layers:
                 own = {k.removeprefix(f"{model}."): v for k, v in settings.items() if k.startswith(f"{model}.")}
@@ -408,19 +414,6 @@ def _peft_scale(config: dict) -> Callable[[str, int], float]:
         return own / (rank**0.5 if config.get("use_rslora") else rank)
 
     return scale
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as f:
-        return f.metadata() or {}
-
-
-def trained_clip_skip(path: Path) -> int | None:
-    """The clip skip that kohya's tools name in a file, where "None" is their default, 1; None if it is not named."""
-    value = read_metadata(path).get("ss_clip_skip")
-    if value == "None":
-        return 1
-    return int(value) if value and value.isdecimal() and int(value) >= 1 else None
 
 
 def _load_lycoris(pipe, found: ForeignLora, tensors: dict[str, torch.Tensor], name: str) -> None:

@@ -298,6 +298,20 @@ def _plain_key(key: str) -> str:
     return f"{path}.{part.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')}"
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a whole safetensors file."""
+    with safe_open(path, framework="pt") as f:
+        return f.metadata() or {}
+
+
+def trained_clip_skip(path: Path) -> int | None:
+    """The clip skip that kohya's tools name in a file, where "None" is their default, 1; None if it is not named."""
+    value = read_metadata(path).get("ss_clip_skip")
+    if value == "None":
+        return 1
+    return int(value) if value and value.isdecimal() and int(value) >= 1 else None
+
+
 def is_plain_lora(path: Path) -> bool:
     """Whether a file holds a LoRA that another tool wrote (kohya, diffusers, ...)."""
     try:
