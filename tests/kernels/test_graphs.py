@@ -111,7 +111,7 @@ def test_a_function_that_reads_a_value_back_is_called_as_it_is_after_a_warning(c
     assert not captures
 
 
-@pytest.mark.parametrize("kind", ["res_attn_layer", "res_attn_conv"])  # the others on a GPU, in test_cuda.py
+@pytest.mark.parametrize("kind", ["res_attn_layer", "res_attn_conv", "lora"])
 def test_a_run_on_several_shapes_learns_what_it_learns_without_graphs(captures, kind, tmp_path, monkeypatch):
     monkeypatch.setenv("SDTUNE_KERNELS", "off")  # the kernels for CPUs are no operations of PyTorch
     data = tmp_path / "data"
