@@ -87,7 +87,7 @@ def model_card(file: TunerFile, repo: str, pictures: int, heldout: dict[int, flo
     if base.count("/") == 1:  # the id of a hub repository, not a folder or a file
         more |= {"base_model": base, "base_model_relation": "adapter"}
     trained = file.training
-    prompts, is_whole = trained.get("preview_prompts") or [], {"images", "steps_done"} <= trained.keys()
+    prompts, has_counts = trained.get("preview_prompts") or [], {"images", "steps_done"} <= trained.keys()
     if file.thumbnail and prompts:
         more["widget"] = [{"text": prompts[0], "output": {"url": SAMPLE}}]
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **more)
@@ -109,7 +109,7 @@ def model_card(file: TunerFile, repo: str, pictures: int, heldout: dict[int, flo
     lines = ["---", data.to_yaml(), "---", "", f"# {repo.split('/')[-1]}", ""]
     lines += [
         f"A {kind} tuner for {base}, trained with sdtune"
-        + (f" on {trained['images']} pictures in {trained['steps_done']} steps." if is_whole else ".")
+        + (f" on {trained['images']} pictures in {trained['steps_done']} steps." if has_counts else ".")
     ]
     lines += ["", f"Made by {file.author}."] if file.author else []
     lines += ["", f"Trigger words: `{file.trigger_words}`"] if file.trigger_words else []

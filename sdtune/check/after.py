@@ -132,7 +132,7 @@ def _card(pair, buckets: AspectBuckets, title: str, text: str, noted: bool, curv
 
 def _tuners(folder: Path) -> dict[int, Path]:
     """Step -> tuner, of the checkpoints of a run, and of the finished tuner where its last checkpoint is gone."""
-    found = {int(path.name[5:]): path for path in checkpoints.list_checkpoints(folder)}
+    found = {checkpoints.step_of(path): path for path in checkpoints.list_checkpoints(folder)}
     if not found and (folder / tuner_file.FILE_NAME).is_file():
         found[int(tuner_file.load(folder).training.get("steps_done", 1))] = folder
     steps = sorted(found)

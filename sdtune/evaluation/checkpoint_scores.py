@@ -146,7 +146,7 @@ def score_steps(
     scored.append(score(0, {}))
     for path in found:
         name = api.attach_file(pipe, path, "scored")
-        scored.append(score(int(path.name[5:]), {name: 1.0}))
+        scored.append(score(checkpoints.step_of(path), {name: 1.0}))
         api.unload_tuner(pipe, name)
     return scored, texts, true
 

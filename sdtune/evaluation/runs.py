@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from ..adapters import tuner_file
 from ..adapters.matching import count_parameters
 from ..bases import load, properties
-from ..training import dataset, encoding
+from ..training import checkpoints, dataset, encoding
 from ..training.config import TrainConfig
 from ..training.errors import Stopped, TrainError
 from ..training.fit import fit
@@ -236,10 +236,10 @@ class Evaluation:
             run["file_bytes"] = (folder / tuner_file.FILE_NAME).stat().st_size
         if seed is None and not run["failed"]:
             encoded, run["validation"] = self.model.encode(task.validation), {}
-            for checkpoint in [None, *sorted((folder / "checkpoints").glob("step-*"))]:
+            for checkpoint in [None, *checkpoints.list_checkpoints(folder)]:
                 with self.model.with_tuner(checkpoint), self.model.autocast():
                     errors = self.model.denoising_errors(encoded, noises=2)
-                run["validation"][int(checkpoint.name[5:]) if checkpoint else 0] = errors.tolist()
+                run["validation"][checkpoints.step_of(checkpoint) if checkpoint else 0] = errors.tolist()
             run["similarity"] = self.similarity_on_validation(task, folder / tuner_file.FILE_NAME)
         tuner_file.write_text(folder / "run.json", json.dumps(run))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

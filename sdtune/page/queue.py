@@ -7,7 +7,6 @@ between two of its steps. An error in a job never ends the queue.
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -151,9 +150,7 @@ class Queue:
         except JobStopped:
             state = "stopped"
         except BaseException as error:  # also an error that is no Exception must not end the thread of the queue
-            state, job.error = "failed", type(error).__name__  # until there are better words
-            with suppress(Exception):
-                job.error = plain_message(error)
+            job.error, state = plain_message(error), "failed"
         with self._changed:
             self._running.remove(job)
             job.seconds, job.state = time.monotonic() - started, state

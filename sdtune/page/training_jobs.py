@@ -55,7 +55,7 @@ class TrainingRun:
 
     def last_checkpoint(self) -> Path:
         """The tuner file of its last checkpoint."""
-        return sorted((Path(self.config.output) / "checkpoints").glob(f"step-*/{tuner_file.FILE_NAME}"))[-1]
+        return checkpoints.list_checkpoints(Path(self.config.output))[-1] / tuner_file.FILE_NAME
 
     def shell_command(self) -> str:
         """The command that trains the same in a shell."""
@@ -282,7 +282,11 @@ class Trainings:
             return job.run.last_checkpoint()
         except Exception:  # such as a full disk
             if kept := _unfinished_checkpoints(Path(job.run.config.output)):
-                job.resumable, job.result, job.done = True, kept[-1] / tuner_file.FILE_NAME, int(kept[-1].name[5:])
+                job.resumable, job.result, job.done = (
+                    True,
+                    kept[-1] / tuner_file.FILE_NAME,
+                    checkpoints.step_of(kept[-1]),
+                )
                 del job.losses[job.done :]
             raise
         finally:

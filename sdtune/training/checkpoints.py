@@ -54,10 +54,11 @@ class CheckpointState:
 def list_checkpoints(output: Path) -> list[Path]:
     """The folders of all checkpoints of a run, in the order of their steps."""
     folders = [f for f in (output / FOLDER).glob("step-*") if f.name[5:].isdigit() and f.is_dir()]
-    return sorted(folders, key=_step)
+    return sorted(folders, key=step_of)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, from the name of its folder."""
     return int(folder.name[5:])
 
 
@@ -186,7 +187,7 @@ def delete_old(output: Path, keep_last: int | None, step: int) -> None:
     """
     if keep_last is None:
         return
-    kept = [folder for folder in list_checkpoints(output) if _step(folder) <= step][-keep_last:]
+    kept = [folder for folder in list_checkpoints(output) if step_of(folder) <= step][-keep_last:]
     for folder in list_checkpoints(output):
         if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)

@@ -139,7 +139,7 @@ def describe_content(folder: Path) -> str:
         what = f"{folder} holds a finished tuner, {' and '.join(finished)}"
         more = "Give another --output, or move it away, or train it further with --resume and more --steps"
     elif steps := checkpoints.list_checkpoints(folder):
-        what = f"{folder} holds a run that stopped at step {int(steps[-1].name[5:])}"
+        what = f"{folder} holds a run that stopped at step {checkpoints.step_of(steps[-1])}"
         more = "Continue it with --resume, or give another --output, or delete the folder"
     else:
         return ""
@@ -225,7 +225,7 @@ def _describe_whole(folder: Path) -> str:
     """What of a run's results is completely there, as a sentence."""
     steps = checkpoints.list_checkpoints(folder)
     whole = [n for n in (tuner_file.FILE_NAME,) if (folder / n).exists()]
-    whole += [f"the checkpoint of step {int(steps[-1].name[5:])}"] if steps else []
+    whole += [f"the checkpoint of step {checkpoints.step_of(steps[-1])}"] if steps else []
     return f"Whole there: {' and '.join(whole)}" if whole else "Nothing was saved there yet"
 
 

@@ -39,11 +39,7 @@ def _parse(argv: list[str]) -> Settings:
     add("--choose_on_first", action="store_true", default=None, help="choose them on the first data set, for all")
     add("--image_size", type=int, help="side of the pictures in pixels (default: the base's, at most 224)")
     add("--layers", type=int, help="use the first so many blocks of the base only")
-    add(
-        "--train_size",
-        type=int,
-        help="about how many training and validation pictures there are together, drawn at random (default: all)",
-    )
+    add("--train_size", type=int, help="about how many training and validation pictures, at random (default: all)")
     augment = "of the training pictures: random crops and flips, or all of SSF's for CIFAR-100 (default: none)"
     add("--augment", choices=AUGMENTATIONS, help=augment)
     add("--mixed_precision", choices=["no", "bf16", "fp16"], help="precision of the base's arithmetic (default: no)")

@@ -172,13 +172,11 @@ class Experiment:
         if self.settings.choose_on_first:
             data = self.data[0]
         name = f"{data.name}/{method.name}"
-        tried, keys = (
-            self.results["grid"].setdefault(name, {}),
-            [f"rate {c.rate:g}, decay {c.decay:g}" for c in candidates],
-        )
-        if not tried.keys() >= set(keys) and data.classes != classifier.setup.labels:
+        tried = self.results["grid"].setdefault(name, {})
+        by_key = {f"rate {c.rate:g}, decay {c.decay:g}": c for c in candidates}
+        if not by_key.keys() <= tried.keys() and data.classes != classifier.setup.labels:
             classifier = self._load(data)
-        for key, candidate in zip(keys, candidates):
+        for key, candidate in by_key.items():
             if key not in tried:
                 pixels = self._pixels(data, classifier)
                 try:
@@ -188,7 +186,7 @@ class Experiment:
                     tried[key] = 0.0
                 self._write_results()
                 print(f"{name}: {key}: {tried[key]:.1%} of the validation pictures")
-        return max(candidates, key=lambda c: tried[keys[candidates.index(c)]])
+        return by_key[max(by_key, key=tried.get)]
 
     def _candidates(self, method: Method) -> list[Schedule]:
         """The schedules to choose from, with each rate and decay."""
