@@ -1,4 +1,4 @@
-"""Starts a page in the browser: draw images, compare tuners and LoRAs, train a tuner, manage the files.
+"""Starts a web page and prints its address: draw images, compare tuners and LoRAs, train a tuner, manage the files.
 
 python app.py
 python app.py --base path/to/sd-v1-5 --output output

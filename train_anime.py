@@ -7,6 +7,7 @@ Every flag is a field of `sdtune.TunerConfig` or `sdtune.TrainConfig`; `--help` 
 `sdtune.fit`, in sdtune/training/fit.py.
 """
 
+import argparse
 import os
 import sys
 
@@ -15,12 +16,20 @@ from sdtune.training import launch
 from sdtune.training.errors import Stopped, TrainError, is_out_of_memory
 
 HOW_TO_LOAD = """
-Load it with:
+Load it and draw with:
 
-from sdtune import load_base, load_tuner
+from sdtune import compare, load_base, load_tuner
 pipe = load_base("{base}")
 load_tuner(pipe, "{tuner}", adapter_name="{name}")
+compare(pipe, "a prompt", {{"{name}": {{"{name}": 1.0}}}})["{name}"][0].save("picture.png")
 """
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def main() -> int:
@@ -37,8 +46,9 @@ def main() -> int:
     from sdtune.training.config_file import expand_arguments
 
     parser = HfArgumentParser(
-        (sdtune.TunerConfig, sdtune.TrainConfig), description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+        (sdtune.TunerConfig, sdtune.TrainConfig), description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=Help,
+    )  # fmt: skip
     parser.set_defaults(kind=DEFAULT_KIND)
     parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON, named as the flags, which win; "
                         "also the config.json of a run, which is then repeated")  # fmt: skip

@@ -254,7 +254,8 @@ def prepare(cache: Path, tasks: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path(".cache/vision"), help="where packages and tasks go")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS[:5]))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS[:5]),
+                        help=f"any of {', '.join(TASKS)} (default: the first five)")  # fmt: skip
     parser.add_argument("--run", action="store_true", help="run the suite; further arguments go to sdtune.vision")
     options, others = parser.parse_known_args()
     prepare(options.cache, options.tasks)

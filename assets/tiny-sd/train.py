@@ -1,6 +1,6 @@
 """Trains assets/tiny-sd, a small Stable Diffusion at 256 px, on from the weights beside this file, stage by stage.
 
-    python assets/tiny-sd/corpus.py                          # once: fetch the drawings (npm, Debian)
+    python assets/tiny-sd/corpus.py                          # once: fetch the drawings (from npm)
     python assets/tiny-sd/people.py                          # once: and the people
     python assets/tiny-sd/train.py vae --minutes 30          # the decoder alone; --encoder: both, before the latents
     python assets/tiny-sd/train.py latents                   # renders and encodes the pictures for the UNet

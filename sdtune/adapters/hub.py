@@ -97,7 +97,7 @@ def model_card(file: TunerFile, repo: str, pictures: int, heldout: dict[int, flo
     elif config.kind == "dora":
         comfyui = (
             "Write it for ComfyUI with `python -m sdtune.adapters.export FILE --to kohya` first; ComfyUI draws it "
-            "nearly as diffusers does, not exactly."
+            "only roughly as diffusers does: about a fifth of its effect differs."
         )
     elif config.kind in KINDS:
         comfyui = (

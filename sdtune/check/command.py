@@ -2,6 +2,7 @@
 
     python -m sdtune.check my/pictures                        # before: copies, blur, size, what cropping cuts, captions
     python -m sdtune.check my/pictures --trigger_words "sks"  # and whether the base knows these words already
+    python -m sdtune.check my/pictures --base path/to/sd-v1-5 # for this base: its size in px, and the words it knows
     python -m sdtune.check output/mine                        # after: the loss of each picture over the run
 
 Writes a page of thumbnails with a sentence each (it needs no other file), and prints the sentences about pictures that
@@ -27,7 +28,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("folder", help="of images and captions (or a hub data set), or the output of a training")
     parser.add_argument("--trigger_words", default="", help="words that would be put before every caption")
-    parser.add_argument("--base", default=TrainConfig.base, help="as in train_anime.py")
+    parser.add_argument(
+        "--base", default=TrainConfig.base, help="the base that you will train on (default: tiny-sd, of 256 px)"
+    )
     parser.add_argument("--resolution", type=int, help="as in train_anime.py")
     parser.add_argument("--square", action="store_true", help="as in train_anime.py")
     parser.add_argument("--output", help="the page to write; default: output/check-NAME.html")

@@ -38,7 +38,12 @@ def _parse(argv: list[str]) -> Settings:
     parser = argparse.ArgumentParser(
         prog="python -m sdtune.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = lambda name, help, **more: parser.add_argument(f"--{name}", help=help, **more)  # noqa: E731
+
+    def add(name: str, help: str, **more) -> None:
+        usual = getattr(default, name)
+        usual = " ".join(map(str, usual)) if isinstance(usual, list) else usual
+        parser.add_argument(f"--{name}", help=f"{help} (default: {usual})", **more)
+
     add("tasks", f"{', '.join(TASKS)}, or folders with train and test", nargs="+")
     add("methods", f"methods, or groups of them ({groups}); the others are compared with the first", nargs="+")
     add("seeds", "training seeds of each method", type=int)

@@ -18,7 +18,7 @@ from .. import kernels
 from ..adapters import active_adapters, per_sample
 from ..adapters.operations import ADAPTER_PATHS
 from ..bases import text_encoding
-from ..bases.properties import native_size
+from ..bases.properties import default_guidance, native_size
 from ..kernels.cpu import heap
 from ..kernels.cuda import graphs
 from . import prompts
@@ -28,13 +28,14 @@ from . import prompts
 class Cell:
     """One picture to draw: `adapters` maps attached adapters to their weights; empty is the base alone.
 
-    `width` and `height` are in pixels, multiples of the VAE's factor (8); None is the base's own.
+    `guidance` is the scale of classifier-free guidance; up to 1 there is none, and None is what suits the base: 7.5, or
+    3 for a small UNet. `width` and `height` are in pixels, multiples of the VAE's factor (8); None is the base's own.
     """
 
     prompt: str
     seed: int = 0
     adapters: Mapping[str, float] = field(default_factory=dict)
-    guidance: float = 7.5
+    guidance: float | None = None
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
@@ -49,7 +50,7 @@ def compare(
     seed: int = 0,
     images: int = 1,
     negative_prompt: str = "",
-    guidance: float = 7.5,
+    guidance: float | None = None,
     steps: int = 30,
     width: int | None = None,
     height: int | None = None,
@@ -61,7 +62,7 @@ def compare(
     Args:
         columns: title -> adapters and their weights, e.g. {"base": {}, "anime": {"anime": 1.0}}.
         seed, images: picture i of every column starts from the noise of seed + i.
-        width, height: in pixels, as in `Cell`.
+        guidance, width, height: as in `Cell`.
         clip_skip: as AUTOMATIC1111 counts, 1 is the last layer; by default what the tuners were trained with.
         steps, on_step: as in `draw_cells`.
 
@@ -106,6 +107,8 @@ def draw_cells(
     Raises:
         ValueError: naming every adapter that is not attached, and every argument that is out of range.
     """
+    usual = default_guidance(pipe)
+    cells = [replace(cell, guidance=usual) if cell.guidance is None else cell for cell in cells]
     _check_arguments(pipe, cells, steps)
     known = {n for names in pipe.get_list_adapters().values() for n in names}
     unknown = sorted({n for cell in cells for n in cell.adapters} - known)

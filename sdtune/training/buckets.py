@@ -35,7 +35,7 @@ class AspectBuckets:
     def shape_for(self, size: tuple[int, int]) -> tuple[int, int]:
         """The shape for a picture of this size: least is cropped, and among equals the area is nearest to the square's.
 
-        The square of the resolution is always one of the shapes. Between 1:3 and 3:1 at most 6 % is cropped; longer
+        The square of the resolution is always one of the shapes. Between 1:3 and 3:1 at most 6.3 % is cropped; longer
         pictures than 4:1 lose what is beyond 4:1.
         """
         if self.square:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from .. import extras
 from ..adapters import hub, tuner_file
-from ..tuners.config import TunerConfig
+from ..tuners.config import TunerConfig, settings_without_effect
 from . import checkpoints, run_folder
 from .accelerator import max_over_processes
 from .config import TrainConfig
-from .errors import Stopped
+from .errors import Stopped, TrainError
 from .signals import CatchSignals
 from .trainer import Result, Trainer
 
@@ -33,13 +33,16 @@ def fit(
         extras.MissingPackages: if a package of the extra `train` is not installed.
         DataError, BaseError: before any training, with everything that is wrong with the data or the base.
         Stopped: after a signal, once a checkpoint has been written.
-        TrainError: if the output folder holds what an earlier run has trained and `resume` is off, or is in use; if
-            there is nothing to resume, if the disk is full, or if the loss is not finite; in that case the last good
-            weights are in the output folder.
+        TrainError: if a setting of the tuner has no effect on its kind; if the output folder holds what an earlier run
+            has trained and `resume` is off, or is in use; if there is nothing to resume, if the disk is full, or if the
+            loss is not finite; in that case the last good weights are in the output folder.
     """
     extras.check("train")
     if tuner is None:
         tuner = tuner_file.load(config.init).config if config.init else TunerConfig()
+    elif not (config.init or config.resume) and (unused := settings_without_effect(tuner)):
+        found = ", ".join(f"{name} is {getattr(tuner, name)!r}" for name in unused)
+        raise TrainError(f"{found}, which has no effect on a tuner of kind {tuner.kind}; leave it out")
     with run_folder.RunFolder() as folder:
         return _run(Trainer(config, tuner, folder), on_step)
 

@@ -71,8 +71,9 @@ def start_from_gradients(trainer) -> bool:
         if torch.isfinite(weights.vector.grad).all():
             sketches.append({name: weights.gradients[name].flatten(1).clone() for name in seconds})
         weights.vector.grad.zero_()
-    found = {name: torch.linalg.svd(torch.cat([of[name] for of in sketches]), full_matrices=False)[1:]
-             for name in seconds if sketches}  # fmt: skip
+    found, bar = {}, {"desc": "singular vectors", "unit": "layer", "delay": 2, "disable": not trainer.is_main}
+    for name in tqdm(seconds if sketches else (), **bar):
+        found[name] = torch.linalg.svd(torch.cat([of[name] for of in sketches]), full_matrices=False)[1:]
     least = _NEGLIGIBLE * max((values[0] for values, _ in found.values()), default=0)
     for name, second in seconds.items():
         named[second].zero_()

@@ -19,7 +19,8 @@ def training_loss(
         latents, noise: (B, C, h, w).
         timesteps: (B,).
         states: encoded captions, (B, tokens, width).
-        min_snr_gamma: each image is weighted by min(SNR, gamma) / SNR (arXiv 2303.09556); 0 means no weights.
+        min_snr_gamma: each image is weighted by min(SNR, gamma) / SNR, or where velocity is predicted by
+            min(SNR, gamma) / (SNR + 1) (arXiv 2303.09556); 0 means no weights.
         weight: how much each place counts, on average 1 for each image, (B, 1, h, w); None is 1 everywhere.
     """
     noisy = scheduler.add_noise(latents, noise, timesteps)

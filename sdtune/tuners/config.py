@@ -64,6 +64,13 @@ def fields_of(kind: str) -> list[str]:
     return ops + [n for n in parameters if n in TunerConfig.__dataclass_fields__]
 
 
+def settings_without_effect(config: "TunerConfig") -> list[str]:
+    """The fields that differ from their default and have no effect on tuners of this kind."""
+    used = {"kind", "ffn_kind", *fields_of(config.kind), *(fields_of(config.ffn_kind) if config.ffn_kind else [])}
+    default = TunerConfig(config.kind)
+    return [name for name in vars(config) if name not in used and getattr(config, name) != getattr(default, name)]
+
+
 def default_ops(kind: str) -> list[str]:
     """The operations that this kind of tuner is added to where none are named."""
     return [*DEFAULT_OPS, "conv"] if kind == "res_attn_conv" else list(DEFAULT_OPS)
@@ -78,14 +85,19 @@ class TunerConfig:
     """
 
     kind: str = field(default="res_attn", metadata={"help": f"the tuner: {', '.join((*KINDS, *BASELINES))}"})
-    rank: int = field(default=4, metadata={"help": "width of one attention head of Res-Attn; of a LoRA: its rank"})
+    rank: int = field(
+        default=4,
+        metadata={"help": "width of one attention head of Res-Attn; of a LoRA, DoRA or convolution: its rank"},
+    )
     num_heads: int = field(default=4, metadata={"help": "number of heads of Res-Attn"})
     ops: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"the frozen operations that get a tuner in parallel, any of: {' '.join(OPS)}; conv, the "
-            "convolutions of residual blocks and the projections around attention, is for "
-            f"{', '.join(CONV_KINDS)}; default: {' '.join(DEFAULT_OPS)}, for res_attn_conv also conv"
+            "help": "the frozen operations that get a tuner in parallel, any of: attn1, attn2 and ff, the "
+            "self-attention, cross-attention and feed-forward of a block; block, the whole of it, not for "
+            f"{', '.join((RES_ATTN_LAYER, *LORAS))}; conv, the convolutions of residual blocks and the projections "
+            f"around attention, for {', '.join(k for k in CONV_KINDS if k not in PEFT_METHODS)}; default: "
+            f"{' '.join(DEFAULT_OPS)}, for res_attn_conv also conv"
         },
     )
     qkv_bias: bool = field(default=False, metadata={"help": "give Res-Attn's qkv projection a bias"})

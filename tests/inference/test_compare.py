@@ -28,7 +28,7 @@ def passes(pipe):
     return seen
 
 
-def by_itself(pipe, prompt, seed, steps, guidance=7.5, width=64, height=64):
+def by_itself(pipe, prompt, seed, steps, guidance=3.0, width=64, height=64):
     """What diffusers draws in a call of its own, with the adapters as they are."""
     noise = torch.Generator().manual_seed(seed)
     options = dict(num_inference_steps=steps, guidance_scale=guidance, generator=noise, height=height, width=width)
@@ -41,7 +41,7 @@ def alone(pipe, cell, steps):
         pipe.set_adapters(list(cell.adapters), list(cell.adapters.values()))
     else:
         pipe.disable_lora()
-    return by_itself(pipe, cell.prompt, cell.seed, steps, cell.guidance, cell.width or 64, cell.height or 64)
+    return by_itself(pipe, cell.prompt, cell.seed, steps, cell.guidance or 3.0, cell.width or 64, cell.height or 64)
 
 
 def test_columns_that_share_passes_are_the_pictures_that_separate_calls_draw(loaded):
@@ -83,6 +83,13 @@ def test_pictures_of_several_sizes_are_those_that_separate_calls_draw(loaded):
         assert grids.mean_difference(picture, alone(loaded, cell, 2)) < 0.5
     wide = sdtune.compare(loaded, PROMPT, {"a": {}}, steps=1, width=128, height=64)["a"][0]
     assert wide.size == (128, 64)
+
+
+def test_a_picture_without_guidance_has_the_one_that_suits_the_base(loaded):
+    usual, three, seven = sdtune.draw_cells(
+        loaded, [sdtune.Cell(PROMPT, guidance=g) for g in (None, 3.0, 7.5)], steps=2
+    )
+    assert grids.mean_difference(usual, three) == 0 and grids.mean_difference(usual, seven) > 1
 
 
 def test_a_base_whose_size_is_height_and_width_draws_it(loaded):

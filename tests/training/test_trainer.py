@@ -44,6 +44,21 @@ def test_a_run_leaves_tuner_preview_losses_and_settings(pairs, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize(
+    "tuner, found",
+    [
+        (dict(kind="lora", num_heads=8, length=5), "num_heads is 8, length is 5"),
+        (dict(kind="res_adapter", rank=8), "rank is 8"),
+        (dict(kind="res_attn_layer", qkv_bias=True), "qkv_bias is True"),
+        (dict(kind="full", rank=8), "rank is 8"),
+    ],
+)
+def test_a_setting_without_effect_on_the_kind_of_tuner_is_refused(pairs, tmp_path, tuner, found):
+    with pytest.raises(errors.TrainError, match=f"^{found}, which has no effect on a tuner of kind {tuner['kind']};"):
+        sdtune.fit(short_run(pairs, tmp_path), sdtune.TunerConfig(**tuner))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kind", ["res_attn", "dora"])
 def test_peft_loads_the_folder_of_a_run_and_computes_what_the_tuner_file_does(base, pairs, tmp_path, kind):
     result = sdtune.fit(short_run(pairs, tmp_path, steps=2), sdtune.TunerConfig(kind=kind, ops=["attn1", "ff"]))
