@@ -26,6 +26,7 @@ def main() -> int:
     from sdtune.kernels.cpu.heap import keep_freed_memory
     from sdtune.page import layout
     from sdtune.page.backend import Backend
+    from sdtune.training.signals import SIGNALS
 
     keep_freed_memory()
     try:
@@ -34,8 +35,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, lambda *_: stop.set())
     try:
         login = tuple(args.auth.split(":", 1)) if args.auth else None
         page, urls = layout.launch(backend, args.server_name, args.port, args.share, login)

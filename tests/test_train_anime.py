@@ -48,7 +48,7 @@ def wait_for(path: Path, process, seconds=120):
         time.sleep(0.05)
 
 
-def test_a_launched_run_prints_where_things_are_and_three_lines_that_load_the_tuner(tmp_path):
+def test_a_launched_run_prints_where_things_are_and_the_lines_that_load_the_tuner_and_draw(tmp_path, monkeypatch):
     code, output = launch("--steps", "2", "--output", str(tmp_path / "run"))
     assert code == 0, output
     own_output = output[output.index("starting:") :]  # before it, the launcher explains its defaults
@@ -56,10 +56,11 @@ def test_a_launched_run_prints_where_things_are_and_three_lines_that_load_the_tu
     for name in ("tuner.safetensors", "preview.png", "loss.png", "config.json"):
         assert str(tmp_path / "run" / name) in output and (tmp_path / "run" / name).exists()
     lines = output[output.index("from sdtune import") :].strip().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4 and lines[3].startswith("compare(pipe, ")
     space = {}
-    exec("\n".join(lines), space)
-    assert space["pipe"].get_active_adapters() == ["mine"]
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines).replace(")[", ", steps=1)["), space)
+    assert (tmp_path / "picture.png").exists() and "mine" in space["pipe"].unet.peft_config
 
 
 def test_two_processes_give_what_one_process_with_twice_the_batch_gives(tmp_path):

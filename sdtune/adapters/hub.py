@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from .. import paths
 from ..tuners.config import KINDS, LORAS
 from . import tuner_file
 from .peft_files import save_peft_files
@@ -37,7 +38,7 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
-    folder, api = Path(folder), HfApi(token=token)
+    folder, api = paths.expand(folder), HfApi(token=token)
     path = tuner_file.find(folder)
     file = tuner_file.load(path)
     tuner_file.check_family(file, {}, path)  # the card and the names are those of Stable Diffusion

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..check.before import check_set
 from ..check.sheet import Card
-from ..training import dataset, encoding
+from ..training import caption_variants, dataset, encoding
 from ..training.buckets import AspectBuckets
+from ..training.config import TrainConfig
 from ..training.errors import DataError
 from .errors import PageError
 from .output_folder import OutputFolder, numbered
@@ -109,32 +110,34 @@ class Datasets:
             else:
                 shutil.copyfile(file, folder / name)
         images = dataset.match_captions(folder, dataset.list_files(folder, problems), caption_problems, notes)
-        without_caption = {image.name for image in images if not image.captions}  # it can be typed in the page
-        problems += [line for line in caption_problems if line.partition(": ")[0] not in without_caption]
+        missing = tuple(
+            f"{image.name}: no caption" for image in images if not image.captions
+        )  # to be typed in the page
+        problems += [line for line in caption_problems if not line.startswith(missing)]
         pairs = [(image.name, "\n".join(image.captions or ())) for image in images]
         return UploadedImages(folder, pairs, problems, notes, {i.name: i.mask.name for i in images if i.mask})
 
     def check(
-        self, uploaded: UploadedImages, captions: Sequence[str], buckets: AspectBuckets | None = None
+        self, uploaded: UploadedImages, captions: Sequence[str], config: TrainConfig | None = None
     ) -> tuple[list[str], list[str]]:
         """Checks images and captions as a training would.
 
         Args:
-            buckets: the shapes of the training; by default those of the base's side.
+            config: of the training; by default the default one.
 
         Returns:
             The problems that prevent a training, and the notes; each a list of lines that name a file.
         """
         missing = [name for (name, _), caption in zip(uploaded.pairs, captions) if not (caption or "").strip()]
         problems = [*uploaded.problems, *(f"{name}: has no caption yet; type one next to it" for name in missing)]
-        notes = list(uploaded.notes)
+        notes, config = list(uploaded.notes), config or TrainConfig()
+        buckets = AspectBuckets(config.resolution or self.side, config.square)
         try:
             with self._written(uploaded, captions) as folder:
-                pairs = dataset.read_pairs(folder, buckets or AspectBuckets(self.side), log=notes.append)
+                pairs = dataset.read_pairs(folder, buckets, log=notes.append)
+            texts = caption_variants.training_texts(pairs, config)
             with self._tokenizer_lock:
-                too_long = encoding.truncated_texts(
-                    [p.name for p in pairs], [p.captions for p in pairs], self._tokenizer
-                )
+                too_long = encoding.truncated_texts([p.name for p in pairs], texts, self._tokenizer, config.max_tokens)
             if too_long:
                 notes.append(f"the text encoder does not read the end of long captions: {', '.join(too_long[:5])}")
         except DataError as error:

@@ -5,7 +5,6 @@ from functools import partial
 
 import gradio as gr
 
-from ..training.buckets import AspectBuckets
 from ..training.config import DEFAULT_KIND, TrainConfig
 from ..tuners.config import BASELINES, KINDS
 from . import html_parts
@@ -81,10 +80,10 @@ def build_train_tab(window: Window) -> tuple:
         source, name, kind, steps, *rest = values
         return backend.trainings.plan(uploaded, captions, source, name or "", kind, steps, dict(zip(more, rest)))
 
-    def check(uploaded, captions, buckets=None) -> tuple[list[str], list[str]]:
+    def check(uploaded, captions, config=None) -> tuple[list[str], list[str]]:
         if uploaded is None or not uploaded.pairs:
             return [*(uploaded.problems if uploaded else []), "there are no images yet; drop some above"], []
-        return backend.datasets.check(uploaded, captions, buckets)
+        return backend.datasets.check(uploaded, captions, config)
 
     def on_files(files):
         if not files:
@@ -106,8 +105,7 @@ def build_train_tab(window: Window) -> tuple:
                     raise PageError("The captions were still loading. Look at them and click again.")
                 run = plan(uploaded, captions, values)
                 if own:
-                    buckets = AspectBuckets(run.config.resolution or backend.side, run.config.square)
-                    problems, notes = check(uploaded, captions, buckets)
+                    problems, notes = check(uploaded, captions, run.config)
                     if problems:
                         return _check_message(uploaded, problems, notes), gr.skip(), gr.skip()
                     if run.heldout:

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from ..adapters import api, tuner_file
 from ..bases.single_file import CONFIGS
-from ..training import caption_variants, checkpoints, dataset, setup
+from ..training import caption_variants, checkpoints, config_file, dataset, setup
 from ..training.buckets import AspectBuckets
 from ..training.config import DEFAULT_KIND, TrainConfig
 from ..training.errors import Stopped
@@ -64,8 +64,7 @@ class TrainingRun:
         defaults = asdict(TrainConfig()) | asdict(TunerConfig(self.tuner.kind)) | {"kind": DEFAULT_KIND}
         for name, value in (asdict(self.config) | asdict(self.tuner)).items():
             if value is not None and value != defaults[name]:
-                words.append(f"--{name}")
-                words += map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]
+                words += [f"--{name}"] if value is True else config_file.as_flags({name: value})
         return shlex.join(words)
 
 

@@ -97,6 +97,7 @@ class TrainConfig:
     resume: bool = _option(False, "continue the run that stopped in the output folder")
 
     def __post_init__(self):
+        self.preview_prompts = [prompt.strip() for prompt in self.preview_prompts]
         minimum = dict(
             steps=1, batch_size=1, gradient_accumulation_steps=1, lr_warmup_steps=0, weight_decay=0, max_grad_norm=0,
             min_snr_gamma=0, noise_offset=0, preserve=0, seed=0, checkpoint_every=1, preview_every=0, preview_steps=1,

@@ -51,9 +51,15 @@ def read_settings(path: Path) -> dict:
             for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            if double := sorted({name for name in names if names.count(name) > 1}):
+                raise yaml.YAMLError(f"{', '.join(double)} stands in it twice")
+            return super().construct_mapping(node, deep)
+
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)  # JSON is YAML, too
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config {path} cannot be read: {reason}; expected settings in YAML or JSON") from error
     if not isinstance(content, dict):
@@ -75,7 +81,8 @@ def as_flags(settings: dict) -> list[str]:
     words = []
     for name, value in settings.items():
         if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
+            # argparse would read a word that begins with a dash as a flag; `TrainConfig` takes the blank away again
+            words += [f"--{name}", *(f" {v}" if str(v).startswith("-") else str(v) for v in value)] if value else []
         elif value is not None:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return words

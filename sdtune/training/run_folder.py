@@ -23,6 +23,10 @@ LAST_GOOD = "last-good.safetensors"  # what a run leaves whose loss was not fini
 _LOCK = ".lock"
 
 
+class TakenError(TrainError):
+    """Another run has a folder; `fit` without a chosen one looks for the next."""
+
+
 class RunFolder:
     """The output folder, locked from `claim` to the end of the `with`. The lock of a process that died is no lock.
 
@@ -72,16 +76,16 @@ class RunFolder:
 
     def _claim(self, config: TrainConfig, log) -> tuple[Path, Path | None]:
         if config.resume:
-            folder = Path(config.output) if config.output else _last_run()
+            folder = paths.expand(config.output) if config.output else _last_run()
             self._acquire(folder)
             return folder, checkpoints.find_checkpoint(folder, log)
         taken = ""
-        for folder in [Path(config.output)] if config.output else _numbered(DEFAULT_OUTPUT):
+        for folder in [paths.expand(config.output)] if config.output else _numbered(DEFAULT_OUTPUT):
             try:
                 self._acquire(folder)
                 if what := describe_content(folder):
-                    raise TrainError(what)
-            except TrainError as error:
+                    raise TakenError(what)
+            except TakenError as error:
                 self.release()
                 if config.output:
                     raise
@@ -105,7 +109,7 @@ class RunFolder:
             holder = "another process"
             with suppress(OSError, ValueError, TypeError, KeyError):
                 holder = f"process {json.loads((folder / _LOCK).read_text())['process']}"
-            raise TrainError(
+            raise TakenError(
                 f"{folder} is in use: {holder} trains there now. Wait until it has ended, or give another --output"
             ) from None
         except OSError as error:

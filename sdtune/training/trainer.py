@@ -79,7 +79,8 @@ class Trainer:
         # data
         pairs, heldout = setup.read_pairs(config, buckets, self._print)
         self.output, checkpoint = self.folder.claim(config, accelerator, self._print)
-        accelerator.project_configuration.set_directories(str(self.output))
+        project = accelerator.project_configuration
+        project.project_dir = project.logging_dir = str(self.output)
         self._print(f"{len(pairs)} pairs from {config.data}" + (f", {len(heldout)} held out" if heldout else ""))
 
         # the frozen base

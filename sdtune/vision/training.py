@@ -116,7 +116,7 @@ def _fit(
     optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=schedule.decay)
     scaler = torch.amp.GradScaler(classifier.device.type, enabled=classifier.autocast == torch.float16)
     checkpoint = folder / "checkpoint.pt" if folder else None
-    start, spent = _resume(checkpoint, parameters, optimizer, schedule, rate)
+    start, spent = _resume(checkpoint, parameters, optimizer, scaler, schedule, rate)
     features = _features(classifier, pixels) if method.config.kind == LINEAR and schedule.augment == "none" else None
     (layer,) = find_heads(model).values()
     steps, began, saved, memory, loss = -(-count // schedule.batch_size), time.monotonic(), time.monotonic(), 0, 0.0
@@ -148,6 +148,7 @@ def _fit(
         if checkpoint and time.monotonic() - saved > _SAVE_EVERY and epoch + 1 < schedule.epochs:
             spent_now = spent + time.monotonic() - began
             state = {"epoch": epoch + 1, "seconds": spent_now, "optimizer": optimizer.state_dict(), "rate": rate,
+                     "scaler": scaler.state_dict(),
                      "schedule": asdict(schedule), "weights": {k: p.data for k, p in parameters.items()}}  # fmt: skip
             with disk.new_file(checkpoint) as part:
                 torch.save(state, part)
@@ -159,7 +160,9 @@ def _fit(
     }  # fmt: skip
 
 
-def _resume(checkpoint: Path | None, parameters: dict, optimizer, schedule: Schedule, rate: float) -> tuple[int, float]:
+def _resume(
+    checkpoint: Path | None, parameters: dict, optimizer, scaler, schedule: Schedule, rate: float
+) -> tuple[int, float]:
     """The number of epochs done, and the seconds they took; 0 where there is no checkpoint of these settings."""
     if not checkpoint or not checkpoint.is_file():
         return 0, 0.0
@@ -167,11 +170,17 @@ def _resume(checkpoint: Path | None, parameters: dict, optimizer, schedule: Sche
         state = torch.load(checkpoint, weights_only=True)
     except Exception:  # a damaged file; the run starts again
         return 0, 0.0
-    if state["schedule"] != asdict(schedule) or state["rate"] != rate or state["weights"].keys() != parameters.keys():
+    if (
+        "scaler" not in state
+        or state["schedule"] != asdict(schedule)
+        or state["rate"] != rate
+        or state["weights"].keys() != parameters.keys()
+    ):
         return 0, 0.0
     for key, parameter in parameters.items():
         parameter.data.copy_(state["weights"][key])
     optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
     return state["epoch"], state["seconds"]
 
 

@@ -96,12 +96,13 @@ def run(code: str, address: str, home, *arguments) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize("kind", ["res_attn", "lora"])
-def test_a_run_is_pushed_with_a_model_card_and_loads_by_its_id(base, pairs, tmp_path, writable_hub, kind):
+def test_a_run_is_pushed_with_a_model_card_and_loads_by_its_id(base, pairs, tmp_path, monkeypatch, writable_hub, kind):
+    monkeypatch.setenv("HOME", str(tmp_path))
     address, store = writable_hub
     config = short_run(pairs, tmp_path, trigger_words="drawn by ann", author="Ann", license="cc-by-4.0")
     ops = ["attn1", "attn2"] if kind == "lora" else ["attn1", "ff"]
     result = sdtune.fit(config, sdtune.TunerConfig(kind=kind, ops=ops))
-    done = run(PUSH, address, tmp_path / "home", result.tuner.parent)
+    done = run(PUSH, address, tmp_path / "home", "~/run")
     assert done.returncode == 0, done.stderr
     weights = "pytorch_lora_weights.safetensors" if kind == "lora" else "tuner.safetensors"
     assert (store / weights).read_bytes() == result.tuner.read_bytes()

@@ -150,7 +150,7 @@ def test_a_file_for_sd15_is_small_and_its_metadata_names_the_base_in_the_words_o
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_damaged_file_is_loaded_right_or_refused_never_a_crash(file, tmp_path, data):
+def test_a_damaged_file_is_loaded_right_or_with_a_warning_or_refused_never_a_crash(file, tensors, tmp_path, data):
     whole = file.read_bytes()
     bad = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
     for _ in range(data.draw(st.integers(0, 3))):
@@ -158,10 +158,16 @@ def test_a_damaged_file_is_loaded_right_or_refused_never_a_crash(file, tmp_path,
             bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.integers(0, 255))
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(bytes(bad))
-    try:
-        tuner_file.load(damaged)
-    except sdtune.TunerFileError as error:
-        assert "damaged.safetensors" in str(error)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            found = tuner_file.load(damaged).tensors
+        except sdtune.TunerFileError as error:
+            assert "damaged.safetensors" in str(error)
+            return
+    if found.keys() == tensors.keys():  # others are refused where the file is used, since they fit no model
+        is_whole = all(torch.equal(found[k], tensors[k].half()) for k in tensors)
+        assert is_whole or any("not those that were saved" in str(w.message) for w in warned)
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_no_litter(file, tensors, monkeypatch):

@@ -10,6 +10,7 @@ from sdtune.page.datasets import UploadedImages
 from sdtune.page.errors import PageError
 from sdtune.training import dataset
 from sdtune.training.buckets import AspectBuckets
+from sdtune.training.config import TrainConfig
 
 
 def test_missing_captions_and_small_images_are_reported_before_a_training(backend, tmp_path):
@@ -26,6 +27,25 @@ def test_missing_captions_and_small_images_are_reported_before_a_training(backen
     problems, notes = backend.datasets.check(large_enough, ["a red square " * 50, "another"])
     assert not problems and any("good.png" in note and "text encoder" in note for note in notes)
     assert any("small.png" in note and "enlarged" in note for note in notes)
+
+
+def test_a_picture_without_caption_does_not_hide_its_other_problems(backend, tmp_path):
+    for name in ("a.png", "a-mask.png", "a.mask.png"):
+        Image.new("L", (256, 256), 255).save(tmp_path / name)
+    uploaded = backend.datasets.receive(sorted(tmp_path.glob("*.png")))
+    assert any(line.startswith("a.png") and "masks" in line for line in uploaded.problems), uploaded.problems
+
+
+def test_long_captions_are_counted_as_the_training_reads_them(backend, tmp_path):
+    Image.new("RGB", (256, 256), "red").save(tmp_path / "a.png")
+    uploaded = backend.datasets.receive([tmp_path / "a.png"])
+
+    def is_cut(words: int, **settings) -> bool:
+        _, notes = backend.datasets.check(uploaded, ["a " * words], TrainConfig(**settings))
+        return any("long captions: a.png" in note for note in notes)
+
+    assert is_cut(100) and not is_cut(100, max_tokens=150) and not is_cut(70)
+    assert is_cut(70, trigger_words="a a a a a a a a")
 
 
 def test_two_files_with_one_name_are_a_problem(backend, tmp_path):

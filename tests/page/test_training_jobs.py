@@ -24,8 +24,9 @@ def make_run(backend, name: str = "mine") -> TrainingRun:
 
 def test_the_shell_command_trains_the_same_as_the_form():
     config = sdtune.TrainConfig(
-        data="a b/$(x)", steps=7, flip=True, learning_rate=1e-3, preview_prompts=["it's", '"two"'], resolution=64
-    )
+        data="a b/$(x)", steps=7, flip=True, learning_rate=1e-3, preview_prompts=["it's", '"two"', "-blue"],
+        resolution=64, trigger_words="-sks",
+    )  # fmt: skip
     run = TrainingRun(config, sdtune.TunerConfig(kind="lora", rank=8, ops=["attn1"]))
     script = f"printf '%s\\0' {run.shell_command()}"
     words = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout.split("\0")

@@ -11,6 +11,7 @@ import pickle
 import random
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
@@ -263,7 +264,7 @@ def layer_key(form: str, path: str) -> str:
 
 def make_lora(kind: str, form: str, seed) -> dict[str, torch.Tensor]:
     """A LoRA file's tensors for `lora_layers`, in the names of a format."""
-    noise, tensors = torch.Generator().manual_seed(hash(str(seed)) % 2**31), {}
+    noise, tensors = torch.Generator().manual_seed(zlib.crc32(str(seed).encode())), {}
 
     def draw(*shape):
         return torch.randn(*shape, generator=noise) * 0.1

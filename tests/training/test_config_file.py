@@ -43,6 +43,8 @@ def test_words_that_yaml_would_change_stay_as_they_are_written(tmp_path):
     [
         ("steps: [", "cannot be read"), ("- steps", "holds list; expected names of flags and their values"),
         ("stepz: 3\nsteps: 3\n1: 2", "settings that do not exist: stepz, 1; --help lists them all"),
+        ("steps: 3\nseed: 1\nsteps: 5", "cannot be read: steps stands in it twice"),
+        ("steps: " + "[" * 5000, "cannot be read: "),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, text, sentence):
@@ -52,6 +54,13 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, text, sen
         parse("--config", str(path))
     with pytest.raises(ValueError, match="missing.yaml cannot be read.*No such file"):
         parse("--config", str(tmp_path / "missing.yaml"))
+
+
+def test_words_that_begin_with_a_dash_are_no_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("trigger_words: -sks\npreview_prompts: [a cat, -blue, --steps]")
+    _, config = parse("--config", str(path))
+    assert config.trigger_words == "-sks" and config.preview_prompts == ["a cat", "-blue", "--steps"]
 
 
 def test_a_value_of_a_wrong_kind_is_refused_like_a_flag(tmp_path, capsys):

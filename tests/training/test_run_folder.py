@@ -50,6 +50,18 @@ def test_a_finished_result_is_never_replaced_and_a_new_run_takes_a_new_folder(pa
     assert resumed.tuner == Path("output/anime/tuner.safetensors")
 
 
+def test_a_folder_that_cannot_be_made_is_said_and_no_other_is_tried(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").touch()
+    with pytest.raises(errors.TrainError, match="the folder output/anime cannot be made.*another --output"):
+        sdtune.fit(short_run(pairs, tmp_path, output=None))
+
+
+def test_a_tilde_is_the_home_folder(pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sdtune.fit(short_run(pairs, tmp_path, output="~/mine", steps=1)).tuner == tmp_path / "mine/tuner.safetensors"
+
+
 def test_the_last_run_is_found_where_the_clock_is_coarse_and_where_earlier_ones_are_gone(pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("anime", "anime-2", "anime-10", "anime-old"):
@@ -209,6 +221,13 @@ def test_resuming_with_other_pictures_says_so_and_never_joins_their_heldout_loss
     assert "are dropped" in out and {len(losses) for losses in state["heldout"].values()} == {1}
     assert set(result.heldout) == {0, 2, 3}  # measured anew
     assert checkpoints.describe_changes({**digests, "base": "x"}, digests)["base"].startswith("the weights of the base")
+
+
+def test_a_second_signal_ends_a_run_as_usual():
+    with pytest.raises(KeyboardInterrupt), signals.CatchSignals() as caught:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught.number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")

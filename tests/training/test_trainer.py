@@ -10,11 +10,13 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
+from tensorboard.backend.event_processing import event_accumulator
 from training_runs import last_checkpoint, short_run
 
 import sdtune
 from sdtune.adapters import tuner_file
 from sdtune.bases import load
+from sdtune.bases.text_encoding import encode_texts
 from sdtune.training import encoding, errors, trainer
 
 
@@ -109,6 +111,36 @@ def test_a_diverging_run_keeps_the_last_weights_with_a_finite_loss(pairs, tmp_pa
     tuner_file.load(tmp_path / "run")
 
 
+def test_a_loss_that_is_not_finite_in_the_midst_of_a_run_leaves_the_weights_before_it(pairs, tmp_path, monkeypatch):
+    plain, seen = trainer.training_loss, []
+
+    def third_is_nan(*args):
+        seen.append(None)
+        return plain(*args) * (float("nan") if len(seen) == 3 else 1)
+
+    monkeypatch.setattr(trainer, "training_loss", third_is_nan)
+    with pytest.raises(errors.TrainError, match="not finite at step 3.*of step 2"):
+        sdtune.fit(short_run(pairs, tmp_path))
+    file = tuner_file.load(tmp_path / "run")
+    monkeypatch.setattr(trainer, "training_loss", plain)
+    expected = sdtune.fit(short_run(pairs, tmp_path, output=str(tmp_path / "whole"), checkpoint_every=1))
+    before = tuner_file.load(expected.tuner.parent / "checkpoints/step-000002").tensors
+    assert all(torch.equal(file.tensors[k], t.half()) for k, t in before.items())
+
+
+def test_captions_are_encoded_as_the_settings_say(pairs, tmp_path):
+    config = short_run(pairs, tmp_path, clip_skip=2, max_tokens=150, flip=True, trigger_words="tok style")
+    prepared = trainer.Trainer(config, sdtune.TunerConfig())
+    prepared.close()
+    encoded, pipe = prepared.encoded, sdtune.load_base("tiny-sd")
+    texts = [f"tok style {(pairs / f'train/{name[:-4]}.txt').read_text()}" for name in encoded.names]
+    expected = encode_texts(texts, pipe.tokenizer, pipe.text_encoder, 2, chunks=2)
+    assert expected.shape[1] == 154
+    assert torch.allclose(encoded.text[encoded.first_texts], expected, atol=1e-5)
+    assert all(bucket.mean.shape[1] == 2 for bucket in encoded.buckets)
+    assert not torch.equal(encoded.buckets[0].mean[:, 0], encoded.buckets[0].mean[:, 1])
+
+
 def test_all_data_problems_are_reported_before_a_model_is_loaded(pairs, tmp_path, monkeypatch):
     (pairs / "train/0.txt").unlink()
     (pairs / "train/1.txt").write_text(" ")
@@ -158,9 +190,17 @@ def test_bf16_trains_on_cpu_and_fp16_says_what_it_needs(pairs, tmp_path):
             sdtune.fit(short_run(pairs, tmp_path, mixed_precision="fp16"))
 
 
-def test_tensorboard_gets_losses_through_accelerate(pairs, tmp_path):
-    sdtune.fit(short_run(pairs, tmp_path, report_to="tensorboard"))
-    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+def test_tensorboard_gets_losses_and_previews_in_the_folder_of_the_run(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output/anime/checkpoints/step-000001").mkdir(parents=True)  # an earlier run
+    result = sdtune.fit(short_run(pairs, tmp_path, report_to="tensorboard", output=None))
+    (written,) = tmp_path.rglob("events.out.tfevents.*")
+    assert result.tuner.parent.resolve() in written.parents and result.tuner.parent.name == "anime-2"
+    found = event_accumulator.EventAccumulator(str(written))
+    found.Reload()
+    tags = found.Tags()
+    assert [event.value for event in found.Scalars("loss")] == pytest.approx(result.losses, rel=1e-4)
+    assert "held-out loss" in tags["scalars"] and tags["images"], tags
 
 
 @pytest.mark.parametrize(
