@@ -4,6 +4,7 @@ import copy
 import http.server
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -23,8 +24,10 @@ import sdtune
 from sdtune.adapters import inject
 from sdtune.bases import single_file
 from sdtune.bases.properties import get_unet
+from sdtune.inference import plots
 from sdtune.training import dataset
 from sdtune.training.buckets import AspectBuckets
+from sdtune.training.previews import Previews
 
 ANIME = Path(__file__).parent.parent / "assets" / "anime"
 
@@ -93,16 +96,29 @@ def files(base, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def pairs(tmp_path_factory) -> Path:
-    """Five of the anime pairs and two held-out ones at 128 px with .txt captions, in folders train and test."""
-    folder = tmp_path_factory.mktemp("pairs")
+@pytest.fixture(scope="session")
+def made_pairs(tmp_path_factory) -> Path:
+    """What `pairs` is a copy of."""
+    folder = tmp_path_factory.mktemp("made-pairs")
     for split, count in (("train", 5), ("test", 2)):
         (folder / split).mkdir()
         for i, pair in enumerate(dataset.read_pairs(ANIME, AspectBuckets(128), split)[:count]):
             pair.open().resize((128, 128), Image.Resampling.LANCZOS).save(folder / split / f"{i}.png")
             (folder / split / f"{i}.txt").write_text(pair.caption)
     return folder
+
+
+@pytest.fixture
+def pairs(made_pairs, tmp_path_factory) -> Path:
+    """Five of the anime pairs and two held-out ones at 128 px with .txt captions, in folders train and test."""
+    return shutil.copytree(made_pairs, tmp_path_factory.mktemp("pairs"), dirs_exist_ok=True)
+
+
+@pytest.fixture
+def without_final_check(monkeypatch):
+    """Runs end without the plot of their losses and the check of their file, for tests of what comes before."""
+    monkeypatch.setattr(Previews, "verify_file", lambda *_: 0.0)
+    monkeypatch.setattr(plots, "plot_losses", lambda *_: None)
 
 
 @pytest.fixture

@@ -98,42 +98,47 @@ print(all(copy.tensors[k].equal(t) for k, t in file.tensors.items()), len(copy.t
 
 
 CODE = """
-import torch, sdtune
+import sys, torch, sdtune
 pipe = sdtune.load_base("tiny-sd")
-sdtune.load_tuner(pipe, {!r}, adapter_name="anime")
 pipe.unet.to(torch.{})
 x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(pipe.unet.dtype)
 text = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1)).to(x)
-result = pipe.unet(x, 500, text).sample
-result.square().mean().backward()
-tuner = [p for name, p in pipe.unet.named_parameters() if "res_tuner" in name]
-gradient = torch.cat([p.grad.flatten() for p in tuner])
-torch.save([result.detach(), gradient], {!r})
-import sys
+found = []
+for file in {!r}:
+    sdtune.load_tuner(pipe, file, adapter_name="anime")
+    result = pipe.unet(x, 500, text).sample
+    result.square().mean().backward()
+    tuner = [p for name, p in pipe.unet.named_parameters() if "res_tuner" in name]
+    found.append([result.detach(), torch.cat([p.grad.flatten() for p in tuner])])
+    sdtune.unload_tuner(pipe, "anime")
+torch.save(found, {!r})
 print("numba" in sys.modules)
 """
 
 
-def compute(file, folder, setting: str, dtype: str = "float32"):
-    """What the UNet with a tuner predicts, and the tuner's gradient, with the kernels on or off, in double."""
+@pytest.fixture(scope="module")
+def computed(files, tmp_path_factory) -> dict[str, list]:
+    """What the UNet predicts with two tuners, and their gradients, in double, with the kernels on and off."""
     import torch
 
-    path = folder / f"{setting}-{dtype}.pt"
-    printed = run_blocking("", CODE.format(str(file), dtype, str(path)), SDTUNE_KERNELS=setting)
-    assert printed.split()[-1] == str(setting == "on")
-    return [tensor.double() for tensor in torch.load(path)]
+    tuners, found = [str(files / "two.safetensors"), str(ROOT / "assets/anime_res_attn.safetensors")], {}
+    for name, setting, dtype in (("on", "on", "float32"), ("off", "off", "float32"), ("exact", "off", "float64")):
+        path = tmp_path_factory.mktemp("computed") / "found.pt"
+        printed = run_blocking("", CODE.format(dtype, tuners, str(path)), SDTUNE_KERNELS=setting)
+        assert printed.split()[-1] == str(setting == "on")
+        found[name] = [[tensor.double() for tensor in pair] for pair in torch.load(path)]
+    return found
 
 
-def test_without_the_kernels_the_unet_computes_the_same_but_for_rounding(files, tmp_path):
-    for on, off in zip(*(compute(files / "two.safetensors", tmp_path, setting) for setting in ("on", "off"))):
+def test_without_the_kernels_the_unet_computes_the_same_but_for_rounding(computed):
+    for on, off in zip(computed["on"][0], computed["off"][0]):
         assert not on.equal(off)  # else the kernels were not used
         assert (on - off).norm() < 1e-4 * off.norm()
 
 
-def test_with_the_kernels_the_bundled_tuner_is_computed_as_exactly_as_without(tmp_path):
+def test_with_the_kernels_the_bundled_tuner_is_computed_as_exactly_as_without(computed):
     """PyTorch's own gradient in fp32 is 4e-4 from that in fp64 for this tuner, which is within the attention."""
-    file = ROOT / "assets/anime_res_attn.safetensors"
-    on, off, true = (compute(file, tmp_path, *how) for how in (("on",), ("off",), ("off", "float64")))
+    on, off, true = (computed[name][1] for name in ("on", "off", "exact"))
     assert (on[0] - off[0]).norm() < 1e-4 * off[0].norm()
     for fast, plain, exact in zip(on, off, true):
         assert not fast.equal(plain)

@@ -9,6 +9,7 @@ JSON, and the keys of ModelSpec (https://github.com/Stability-AI/ModelSpec), whi
 """
 
 import datetime
+import functools
 import hashlib
 import json
 import re
@@ -78,6 +79,7 @@ def write_text(path: Path, text: str) -> None:
     disk.write_bytes(path, text.encode("utf-8"))
 
 
+@functools.cache
 def library_versions() -> dict[str, str]:
     found = {}
     for name in ("sdtune", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"):

@@ -24,7 +24,8 @@ def log(text: str) -> None:
 def alternate(turns: Mapping[str, Callable[[int], float]], rounds: int) -> tuple[dict[str, list[float]], bool]:
     """Gives each candidate a turn in every round, after a round to warm up.
 
-    A turn lasts about a second, or a unit of work (a step, or drawing a batch) where that takes longer.
+    A turn lasts about a second (with a single round a tenth of one), or a unit of work (a step, or drawing a batch)
+    where that takes longer.
 
     Args:
         turns: name -> a function that does so many units of work and returns the seconds of one.
@@ -43,7 +44,8 @@ def alternate(turns: Mapping[str, Callable[[int], float]], rounds: int) -> tuple
             for name in order:
                 seconds[name].append(turns[name](units[name]))
             if not number:  # measured again, since the first unit is slower than the others
-                units = {name: math.ceil(1 / turns[name](1)) for name in order}
+                length = 1 if rounds > 1 else 0.1
+                units = {name: math.ceil(length / turns[name](1)) for name in order}
             order.append(order.pop(0))  # so that no candidate always follows the same one
             shown = ", ".join(f"{name} {spent[-1]:.3g} s" for name, spent in seconds.items())
             log(f"  {f'round {number} of {rounds}' if number else 'warm-up'}: {shown}")

@@ -14,6 +14,8 @@ from sdtune.adapters import tuner_file
 from sdtune.training import caption_variants, dataset, encoding, errors, random_choices, trainer
 from sdtune.training.buckets import AspectBuckets
 
+pytestmark = pytest.mark.usefixtures("without_final_check")
+
 TAGS = "1girl, silver hair, red eyes, smile"
 
 

@@ -12,6 +12,8 @@ import sdtune
 from sdtune.adapters import tuner_file
 from sdtune.training import errors, trainer
 
+pytestmark = pytest.mark.usefixtures("without_final_check")
+
 
 def test_stopping_at_10_and_resuming_gives_the_weights_of_20_straight_steps_bit_for_bit(pairs, tmp_path, monkeypatch):
     changes = dict(steps=20, lr_scheduler="cosine", lr_warmup_steps=3, caption_dropout=0.5, noise_offset=0.1, flip=True)

@@ -11,6 +11,8 @@ import sdtune
 from sdtune.training import run_folder
 from sdtune.training.config_file import expand_arguments
 
+pytestmark = pytest.mark.usefixtures("without_final_check")
+
 
 def parse(*words):
     parser = HfArgumentParser((sdtune.TunerConfig, sdtune.TrainConfig))

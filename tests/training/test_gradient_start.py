@@ -10,6 +10,8 @@ import sdtune
 from sdtune.training import errors
 from sdtune.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("without_final_check")
+
 LAYER, LORA = sdtune.TunerConfig("res_attn_layer"), sdtune.TunerConfig("lora", ops=["attn1", "ff", "conv"])
 FIRST, SECOND = (".down.weight", ".lora_A.weight"), (".o.weight", ".lora_B.weight")
 

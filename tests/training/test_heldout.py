@@ -8,6 +8,8 @@ import sdtune
 from sdtune.adapters import api, tuner_file
 from sdtune.training import errors, heldout, trainer
 
+pytestmark = pytest.mark.usefixtures("without_final_check")
+
 
 def test_a_run_that_memorises_stops_and_keeps_the_tuner_from_before_that(pairs, tmp_path, monkeypatch, capsys):
     curve, weights = iter([0.3, 0.2, 0.1, 0.15, 0.2]), []  # of the base, and after steps 2, 4, 6, 8

@@ -9,6 +9,8 @@ from sdtune.adapters import api, tuner_file
 from sdtune.training import errors
 from sdtune.training.initial_weights import load_initial_weights
 
+pytestmark = pytest.mark.usefixtures("without_final_check")
+
 OPS = ["attn1", "conv"]
 
 

@@ -11,6 +11,8 @@ import sdtune
 from sdtune.training import dataset, encoding, errors, masks, trainer
 from sdtune.training.buckets import AspectBuckets
 
+pytestmark = pytest.mark.usefixtures("without_final_check")
+
 SIZE = (32, 48)
 BUCKETS = AspectBuckets(40)
 

@@ -8,6 +8,8 @@ import sdtune
 from sdtune.adapters import tuner_file
 from sdtune.training import preservation, trainer
 
+pytestmark = pytest.mark.usefixtures("without_final_check")
+
 RUNS = ("straight", "broken")
 
 

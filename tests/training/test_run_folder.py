@@ -18,6 +18,8 @@ from training_runs import short_run
 import sdtune
 from sdtune.training import checkpoints, errors, run_folder, signals
 
+pytestmark = pytest.mark.usefixtures("without_final_check")
+
 ROOT = Path(__file__).parents[2]
 
 
