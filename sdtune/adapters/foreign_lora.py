@@ -4,26 +4,25 @@ Read are LoRA and DoRA in the formats of kohya and LyCORIS, diffusers (also the 
 PEFT's OFT. A file is applied exactly or refused by one TunerFileError; layers that the base lacks are told.
 """
 
-import json
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers.hooks.group_offloading import GroupOffloadingType
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from . import foreign_oft, tuner_file
+from . import foreign_oft, foreign_peft, lora
 from .diffusers_guards import check_projections
 from .tuner_file import TunerFileError, list_some
 
 _PART = re.compile(
-    r"[._]?(?P<part>lora_[AB](?:\.\w+)?|lora_(?:down|up)|lora\.(?:down|up)|lora_linear_layer\.(?:down|up)|dora_scale|"
+    r"[._]?(?P<part>lora_[AB](?:\.\w+)?|lora_(?:down|up|mid)|lora\.(?:down|up)|lora_linear_layer\.(?:down|up)|dora_scale|"
     r"lora_magnitude_vector(?:\.\w+)?|alpha|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_\w+|diff_?b?|"
     r"w_norm|b_norm|on_input|scale|[ab][12])(?:\.weight)?$"
 )
@@ -31,12 +30,15 @@ _SAME = {"lora_down": "A", "lora.down": "A", "lora_linear_layer.down": "A", "lor
          "lora_linear_layer.up": "B", "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude"}  # fmt: skip
 _PREFIXES = (("lora_unet_", "unet"), ("lora_te_", "text_encoder"), ("lora_te1_", "text_encoder"),
              ("text_encoder.", "text_encoder"), ("unet.", "unet"), ("base_model.model.", "unet"))  # fmt: skip
-MAX_ALPHA = 1_000_000  # far above any that is in use; products with greater ones lose the layer's own weights
+_NOT_BY_LAYER = (
+    "which draws nothing sensible where each layer is offloaded by itself; use pipe.enable_model_cpu_offload() in the "
+    "place of enable_sequential_cpu_offload(), or group offloading of blocks in that of leaves"
+)
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
 _OTHER_FAMILIES = {
     "Stable Diffusion XL": r"^(lora_te2_|text_encoder_2\.)",
     "Flux or Stable Diffusion 3": r"^(transformer\.|lora_transformer_|lora_unet_(double|single)_blocks|lora_te3_)",
-    "a video or DiT model": r"^(diffusion_model\.)",
+    "a video or DiT model": r"^diffusion_model\.(?!(input|output)_blocks|middle_block)",
 }
 
 
@@ -51,6 +53,7 @@ class ForeignLora:
     unknown: list[str] = field(default_factory=list)  # layers that the base lacks
     rank: int = 0
     oft: dict = field(default_factory=dict)  # of an OFT, what `foreign_oft.read_config` returns
+    settings: dict | None = None  # by model, what `foreign_peft.read_settings` returns
 
     @property
     def count(self) -> int:
@@ -86,7 +89,7 @@ def inspect(path: Path, unet, text_encoder=None) -> ForeignLora:
             raise TunerFileError(
                 f"{path} is a LoRA for {family}, which this base is not; use it with a base of that kind"
             )
-    wrong = [f"{k} ({d})" for k, d in odd_kinds.items() if not k.endswith("alpha")]
+    wrong = [f"{k} ({d})" for k, d in odd_kinds.items() if not k.endswith(("alpha", "on_input"))]
     wrong += [f"{k} (no elements)" for k, shape in shapes.items() if not _count(shape)]
     wrong += [f"{k} ({_count(shapes[k])} values)" for k in shapes if k.endswith("alpha") and _count(shapes[k]) > 1]
     if wrong:
@@ -109,7 +112,11 @@ def inspect(path: Path, unet, text_encoder=None) -> ForeignLora:
         if real is None:
             unknown.setdefault(layer, None)
         else:
-            found.layers.setdefault(model, {}).setdefault(real, {})[part] = key
+            first = found.layers.setdefault(model, {}).setdefault(real, {}).setdefault(part, key)
+            if first != key:
+                raise TunerFileError(
+                    f"{path} holds the layer {real} twice, in {first} and {key}; expected one LoRA in a file"
+                )
     found.unknown = list(unknown)
     found.kind = _kind(path, parts_seen, odd, shapes)
     if not found.count:
@@ -119,6 +126,8 @@ def inspect(path: Path, unet, text_encoder=None) -> ForeignLora:
         )
     if found.kind == "OFT":
         found.oft = foreign_oft.read_config(path)
+    else:
+        found.settings = foreign_peft.read_settings(path, found.kind, found.is_peft, found.layers)
     _check_shapes(found, shapes, known)
     return found
 
@@ -165,7 +174,8 @@ def _split(key: str) -> tuple[str, str | None, str | None]:
 
 
 def _kind(path: Path, parts: set[str], odd: list[str], shapes: dict) -> str:
-    names = {"LoHa": "hada_", "LoKr": "lokr_", "OFT": "oft_", "full difference": "diff", "norm": ("w_norm", "b_norm"),
+    names = {"a LoCon with lora_mid": "lora_mid", "LoHa": "hada_", "LoKr": "lokr_", "OFT": "oft_",
+             "full difference": "diff", "norm": ("w_norm", "b_norm"),
              "(IA)^3": "on_input", "GLoRA": ("a1", "a2", "b1", "b2")}  # fmt: skip
     kinds = [name for name, start in names.items() if any(p.startswith(start) for p in parts)]
     if {"A", "B"} & parts:
@@ -310,7 +320,8 @@ def load(pipe, path: Path, name: str) -> None:
     """Loads a file into a pipeline as adapter `name`.
 
     Raises:
-        TunerFileError: as `inspect`, if a weight is not finite, or if an alpha is beyond `MAX_ALPHA`.
+        TunerFileError: as `inspect`, if a weight is not finite, or if an alpha is beyond
+            `foreign_peft.MAX_ALPHA`.
     """
     text_encoder = getattr(pipe, "text_encoder", None)
     found = inspect(path, pipe.unet, text_encoder)
@@ -327,22 +338,22 @@ def load(pipe, path: Path, name: str) -> None:
         )
     # without low-rank matrices the alpha of a LoKr means nothing, and LyCORIS writes what the user has given
     alphas = [p["alpha"] for layers in found.layers.values() for p in layers.values() if "alpha" in p and _has_rank(p)]
-    huge = [f"{k} ({tensors[k].item():g})" for k in alphas if tensors[k].abs().item() > MAX_ALPHA]
+    huge = [f"{k} ({tensors[k].item():g})" for k in alphas if tensors[k].abs().item() > foreign_peft.MAX_ALPHA]
     if huge:
         raise TunerFileError(
             f"{path} is a {found.kind} with {list_some(huge)}; an alpha is a number near the rank, at most "
-            f"{MAX_ALPHA:,}: the file is damaged, get it again"
+            f"{foreign_peft.MAX_ALPHA:,}: the file is damaged, get it again"
         )
     try:
         check_projections(pipe.unet, found.layers.get("unet", {}))
     except ValueError as error:
         raise TunerFileError(f"{path} cannot be loaded: {error}") from error
+    if found.settings is None and found.kind != "OFT":
+        warnings.warn(f"{path}: there is no adapter_config.json beside it, so its alpha is taken to be its rank",
+                      stacklevel=4)  # fmt: skip
     models = [getattr(pipe, model) for model in found.layers]
-    if found.kind in ("LoHa", "LoKr", "OFT") and any(p.is_meta for model in models for p in model.parameters()):
-        raise TunerFileError(
-            f"{path} is a {found.kind}, which draws nothing sensible where each layer is offloaded by itself; use "
-            "pipe.enable_model_cpu_offload() in the place of enable_sequential_cpu_offload()"
-        )
+    if found.kind in ("LoHa", "LoKr", "OFT") and any(map(_is_offloaded_by_layer, models)):
+        raise TunerFileError(f"{path} is a {found.kind}, {_NOT_BY_LAYER}")
     if found.kind in ("LoHa", "LoKr"):
         _load_lycoris(pipe, found, tensors, name)
     elif found.kind == "OFT":
@@ -360,11 +371,12 @@ def _peft_tensors(found: ForeignLora, tensors: dict[str, torch.Tensor]) -> dict[
 
     diffusers (0.42) itself applies the alpha that most layers have to all of them.
     """
-    scales, result = _peft_scales(found), {}
+    result = {}
     for model, layers in found.layers.items():
         for path, parts in layers.items():
             down, up = tensors[parts["A"]], tensors[parts["B"]]
-            own = scales[model](path, len(down)) if model in scales else 1.0
+            config = (found.settings or {}).get(model)
+            own = foreign_peft.scale_of(config, found.kind, path, len(down)) if config else 1.0
             if "alpha" in parts:
                 # the tools of kohya and LyCORIS take an alpha of 0 for the rank
                 own = (tensors[parts["alpha"]].item() or len(down)) / len(down)
@@ -378,50 +390,14 @@ def _peft_tensors(found: ForeignLora, tensors: dict[str, torch.Tensor]) -> dict[
     return result
 
 
-def _peft_scales(found: ForeignLora) -> dict[str, Callable[[str, int], float]]:
-    """By model, the scale of a layer from its path and rank, where PEFT's settings say it.
-
-    PEFT keeps the settings in adapter_config.json beside the file, diffusers in the file's metadata: those of a
-    pipeline begin with "unet." or "text_encoder.", those that a UNet has saved alone with nothing.
-    """
-    path, configs = found.path.with_name("adapter_config.json"), {}
-    try:
-        if found.is_peft:
-            configs = dict.fromkeys(found.layers, json.loads(path.read_text(encoding="utf-8")))
-        elif text := tuner_file.read_metadata(found.path).get("lora_adapter_metadata"):
-            path, settings = f"{found.path}: its metadata lora_adapter_metadata", json.loads(text)
-            for model in found.layers:
-                own = {k.removeprefix(f"{model}."): v for k, v in settings.items() if k.startswith(f"{model}.")}
-                configs[model] = own or settings
-            configs = {model: config for model, config in configs.items() if "lora_alpha" in config}
-        return {model: _peft_scale(config) for model, config in configs.items()}
-    except FileNotFoundError:
-        warnings.warn(f"{found.path}: there is no adapter_config.json beside it, so its alpha is taken to be its rank",
-                      stacklevel=6)  # fmt: skip
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
-        raise TunerFileError(
-            f"{path} cannot be used ({type(error).__name__}: {error}); it holds the alpha of the LoRA"
-        ) from error
-
-
-def _peft_scale(config: dict) -> Callable[[str, int], float]:
-    alpha, patterns = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
-    patterns = {re.compile(rf"(^|\.){end}$"): float(a) for end, a in patterns.items()}
-
-    def scale(layer: str, rank: int) -> float:
-        own = next((a for pattern, a in patterns.items() if pattern.search(layer)), alpha)
-        return own / (rank**0.5 if config.get("use_rslora") else rank)
-
-    return scale
-
-
 def _load_lycoris(pipe, found: ForeignLora, tensors: dict[str, torch.Tensor], name: str) -> None:
     """Adds PEFT's LoHa or LoKr layers and gives them the weights, rank and alpha of the file."""
     config_class = LoHaConfig if found.kind == "LoHa" else LoKrConfig
     for model_name, layers in found.layers.items():
         model = getattr(pipe, model_name)
         model.add_adapter(config_class(r=1, alpha=1, target_modules=list(layers)), adapter_name=name)
+        lora.show_groups(model)
+        config = (found.settings or {}).get(model_name)
         added = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         for path, parts in layers.items():
             layer = added[path]
@@ -436,4 +412,22 @@ def _load_lycoris(pipe, found: ForeignLora, tensors: dict[str, torch.Tensor], na
             ranks = [len(tensors[parts[p]]) for p in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if p in parts]
             rank = ranks[0] if ranks else 1
             alpha = (tensors[parts["alpha"]].item() if "alpha" in parts and ranks else rank) or rank
+            if config and "alpha" not in parts:
+                alpha = rank * foreign_peft.scale_of(config, found.kind, path, rank)
             layer.r[name], layer.alpha[name], layer.scaling[name] = rank, alpha, alpha / rank
+            layer.register_forward_pre_hook(_check_device)
+
+
+def _is_offloaded_by_layer(model: nn.Module) -> bool:
+    hooks = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    groups = (hook.get_hook("group_offloading") for hook in hooks if hook)
+    is_leaf = any(group and group.config.offload_type == GroupOffloadingType.LEAF_LEVEL for group in groups)
+    return is_leaf or any(p.is_meta for p in model.parameters())
+
+
+def _check_device(layer: BaseTunerLayer, args: tuple) -> None:
+    """The pre-hook of a LoHa or LoKr layer: raises a ValueError where offloading has left its weights elsewhere."""
+    for part in layer.adapter_layer_names:
+        for name, weight in getattr(layer, part).items():
+            if name in layer.active_adapters and weight.device != args[0].device:
+                raise ValueError(f"the adapter {name!r} is a LoHa or LoKr, {_NOT_BY_LAYER}")

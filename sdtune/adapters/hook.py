@@ -45,6 +45,24 @@ class ParallelTuners(nn.Module, BaseTunerLayer):
             text: the operation's `encoder_hidden_states`, (B, L, text width), where it receives them.
             output: the operation's own result.
         """
+        hooks = getattr(self.operation.module, "_diffusers_hook", None)
+        if hooks is None:
+            return self._sum(x, text, output)
+        # diffusers moves and casts what is within a leaf layer for the layer's own forward alone, which is over by now
+        group, cast = (hooks.get_hook(name) for name in ("group_offloading", "layerwise_casting"))
+        if group:
+            group.group.onload_()
+        if cast:
+            self.to(dtype=cast.compute_dtype)
+        try:
+            return self._sum(x, text, output)
+        finally:
+            if cast:
+                self.to(dtype=cast.storage_dtype)
+            if group:
+                group.group.offload_()
+
+    def _sum(self, x: torch.Tensor, text: torch.Tensor | None, output: torch.Tensor | None) -> torch.Tensor | None:
         total = None
         for name, scale in self._active_scales().items():
             if isinstance(self.tuners[name], VPT):

@@ -9,6 +9,7 @@ import re
 
 import torch
 from peft import IA3Config, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch import nn
 
 from ..tuners.config import LORAS, TunerConfig
@@ -50,6 +51,7 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
         unet.load_lora_adapter({f"unet.{k}": t for k, t in tensors.items()}, prefix="unet", adapter_name=name)
     else:
         unet.add_adapter(_peft_config(unet, config), adapter_name=name)
+        show_groups(unet)
         inject.add_to_operations(unet, _heads(unet, inject.count_classes(tensors)), config, name, tensors)
         if tensors is not None:
             for key, parameter in adapter_parameters(unet, name).items():
@@ -57,6 +59,13 @@ def add_adapter(unet, config: TunerConfig, name: str, tensors: dict[str, torch.T
         if is_vision_model(unet):
             inject.activate(unet, name)
     unet.peft_config[name].tuner = config
+
+
+def show_groups(model) -> None:
+    """Gives PEFT's LoHa and LoKr layers of convolutions the attribute `groups`, for which its LoRA layers ask them."""
+    for layer in model.modules():
+        if isinstance(layer, LycorisLayer) and isinstance(layer.get_base_layer(), nn.Conv2d):
+            layer.groups = layer.get_base_layer().groups
 
 
 def expected_shapes(unet, config: TunerConfig, classes: int | None = None) -> dict[str, tuple[int, ...]]:

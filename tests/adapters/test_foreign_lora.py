@@ -5,10 +5,11 @@ import json
 import warnings
 from functools import partial
 
+import accelerate
 import pytest
 import torch
 from conftest import picture
-from peft import LoraConfig, OFTConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -122,6 +123,8 @@ def test_nan_weights_other_families_and_other_formats_are_refused_by_name(pipe, 
         "oft": ({f"{kohya(name)}.oft_blocks": noise(4, 8, 8)}, "OFT of LyCORIS, kohya.*which is not read"),
         "oft_R": ({f"base_model.model.{name}.oft_R.weight": noise(into // 8, 28)}, "adapter_config.json beside it"),
         "per_input": ({**pair, **per_input}, "wd_on_out=False"),
+        "ia3": ({f"{kohya(name)}.weight": noise(into), f"{kohya(name)}.on_input": torch.tensor(True)}, r"\(IA\)\^3"),
+        "locon": ({**pair, f"{kohya(name)}.lora_mid.weight": noise(4, 4, 3, 3)}, "a LoCon with lora_mid.*not read"),
         "half": ({f"{kohya(name)}.lora_down.weight": noise(4, into)}, "has only A"),
         "narrow": ({**pair, f"{kohya(name)}.lora_down.weight": noise(4, into + 8)}, "wide, this base's is"),
     }
@@ -234,6 +237,77 @@ def test_the_alpha_that_diffusers_writes_into_the_metadata_counts(pipe, base, tm
     sdtune.load_tuner(pipe, tmp_path, "x")
     assert torch.allclose(picture(pipe), picture(trained), atol=1e-4)
     assert not torch.allclose(picture(pipe), picture(base), atol=1)
+
+
+def write_peft(base, folder, config) -> nn.Module:
+    """Saves random weights of a PEFT adapter of the UNet in PEFT's own format; returns the UNet with them."""
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(base.unet), config)
+    for key, p in model.named_parameters():
+        if "default" in key:
+            p.data = noise(*p.shape)
+    model.save_pretrained(folder)
+    return model.base_model.model
+
+
+@pytest.mark.parametrize("config", [
+    LoHaConfig(r=4, alpha=16, target_modules=["to_q", "conv1"]),
+    LoHaConfig(r=2, target_modules=["to_q"]),
+    LoKrConfig(r=16, alpha_pattern={"attn1|attn2.to_q": 4}, target_modules=["to_q", "conv1"]),
+    LoKrConfig(r=64, alpha=16, rank_pattern={"attn2.to_q": 2}, target_modules=["to_q"]),  # of whole matrices
+    LoraConfig(r=4, alpha_pattern={"attn1|attn2.to_q": 64}, target_modules=["to_q"]),
+])  # fmt: skip
+def test_the_alpha_of_peft_s_settings_counts(pipe, base, tmp_path, config):
+    expected = copy.deepcopy(base)
+    expected.unet = write_peft(base, tmp_path, config)
+    sdtune.load_tuner(pipe, tmp_path / "adapter_model.safetensors", "x")
+    effect = (picture(expected) - picture(base)).norm()
+    assert (picture(pipe) - picture(expected)).norm() < 1e-3 * effect
+
+
+def test_a_peft_file_without_its_settings_is_told_and_one_that_changes_the_base_is_refused(pipe, base, tmp_path):
+    write_peft(base, tmp_path / "loha", LoHaConfig(r=4, target_modules=["to_q"]))
+    (tmp_path / "loha/adapter_config.json").unlink()
+    with pytest.warns(UserWarning, match="no adapter_config.json beside it, so its alpha is taken to be its rank"):
+        sdtune.load_tuner(pipe, tmp_path / "loha/adapter_model.safetensors", "loha")
+    for start in ("pissa", "olora", "pissa_niter_4"):
+        write_peft(base, tmp_path / start, LoraConfig(r=4, init_lora_weights=start, target_modules=["to_q"]))
+        with pytest.raises(sdtune.TunerFileError, match=f"started by {start}, which changes the weights of the base"):
+            sdtune.load_tuner(pipe, tmp_path / start / "adapter_model.safetensors", start)
+    files = AdapterFiles([tmp_path / "olora"], base.unet, base.text_encoder).by_label.values()
+    assert not any(file.fits for file in files)
+
+
+def test_a_layer_that_stands_twice_in_a_file_is_refused(pipe, base, tmp_path):
+    name, _, tensors = one_layer(base)
+    twice = {key.replace(kohya(name), f"unet.{name}"): t.clone() for key, t in tensors.items()}
+    save_file(tensors | twice, tmp_path / "a.safetensors")
+    with pytest.raises(sdtune.TunerFileError, match=f"holds the layer {name} twice, in .*{kohya(name)}"):
+        sdtune.load_tuner(pipe, tmp_path / "a.safetensors", "x")
+
+
+@pytest.mark.parametrize("first", ["loha", "lokr"])
+def test_a_lora_on_convolutions_loads_after_a_loha_or_lokr_on_them(pipe, base, tmp_path, first):
+    config = {"loha": LoHaConfig, "lokr": LoKrConfig}[first](r=4, alpha=4, target_modules=["conv1"])
+    write_peft(base, tmp_path, config)
+    sdtune.load_tuner(pipe, tmp_path / "adapter_model.safetensors", "first")
+    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind="lora", ops=["conv"]), "second")
+    pipe.set_adapters(["first", "second"])
+    assert picture(pipe).isfinite().all()
+
+
+def test_a_loha_that_is_offloaded_layer_by_layer_says_so(pipe, base, tmp_path, monkeypatch):
+    real = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda m, d, **kwargs: real(m, torch.device(d.type), **kwargs))
+    write(tmp_path / "a.safetensors", base, "loha")
+    sdtune.load_tuner(pipe, tmp_path / "a.safetensors", "x")
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match="'x' is a LoHa or LoKr, which draws nothing sensible.*model_cpu_offload"):
+        picture(pipe)
+    leaves = copy.deepcopy(base)
+    leaves.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(sdtune.TunerFileError, match="is a LoHa, which draws nothing sensible"):
+        sdtune.load_tuner(leaves, tmp_path / "a.safetensors", "x")
 
 
 def test_a_lora_with_biases_is_refused(pipe, base, tmp_path):

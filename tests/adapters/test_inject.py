@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import picture, stir
 from diffusers import UNet2DConditionModel
+from diffusers.hooks import group_offloading
 from diffusers.models.attention import BasicTransformerBlock
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -201,6 +202,20 @@ def test_a_model_without_the_operations_is_refused_and_nothing_changes(unet):
     )  # fmt: skip
     with pytest.raises(ValueError, match="no BasicTransformerBlock"):
         sdtune.add_tuner(bare)
+
+
+@pytest.mark.parametrize("kind", ["res_attn_layer", "res_attn_conv", "full"])
+def test_layerwise_casting_rounds_a_tuner_beside_single_layers_and_computes_it_whole(unet, kind):
+    sdtune.add_tuner(unet, sdtune.TunerConfig(kind), "new")
+    shake(unet, "new", size=0.02)
+    whole = copy.deepcopy(unet)
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    for module, stored in zip(whole.modules(), unet.modules()):  # rounded where diffusers stores them so
+        for p, kept in zip(module.parameters(recurse=False), stored.parameters(recurse=False)):
+            p.data = p.data.to(kept.dtype).to(torch.float32)
+    for _ in range(2):
+        assert torch.float8_e4m3fn in {p.dtype for p in inject.adapter_parameters(unet, "new").values()}
+        assert torch.allclose(predict(unet), predict(whole), atol=1e-4)
 
 
 def test_layerwise_casting_stores_a_tuner_in_fp8_or_leaves_one_that_comes_later_whole(unet, files):
@@ -510,14 +525,37 @@ def test_chunks_of_the_feed_forward_give_the_same_or_are_refused(unet, kind):
                 torch.testing.assert_close(unet(x, t, text).sample, whole, atol=5e-4, rtol=1e-3)
 
 
+def make_offloaded_weights_nan(monkeypatch):
+    """What group offloading has moved away is NaN in between, as on a GPU it is on another device."""
+    kept = {}
+
+    def tensors(group):
+        for module in group.modules:
+            yield from (*module.parameters(), *module.buffers())
+        yield from (*group.parameters, *group.buffers)
+
+    def offload(group):
+        for tensor in tensors(group):
+            whole = kept.setdefault(id(tensor), (tensor, tensor.data))[1]
+            tensor.data = torch.full_like(whole, float("nan")) if whole.is_floating_point() else whole
+
+    def onload(group):
+        for tensor in tensors(group):
+            tensor.data = kept.get(id(tensor), (tensor, tensor.data))[1]
+
+    monkeypatch.setattr(group_offloading.ModuleGroup, "offload_", offload)
+    monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", onload)
+
+
 @pytest.mark.parametrize("how", ["enable_sequential_cpu_offload", "group"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "full"])
 def test_each_kind_survives_offloading(pipe, kind, how, monkeypatch):
     """On the CPU only, where accelerate's sequential hooks leave weights on "meta" in between."""
     real = accelerate.cpu_offload
     monkeypatch.setattr(accelerate, "cpu_offload", lambda m, d, **kwargs: real(m, torch.device(d.type), **kwargs))
-    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind, ops=ops_of(kind)), "new")
-    shake(pipe.unet, "new", size=0.02)
+    make_offloaded_weights_nan(monkeypatch)
+    sdtune.add_tuner(pipe, sdtune.TunerConfig(kind, ops=None if kind == "full" else ops_of(kind)), "new")
+    shake(pipe.unet, "new", size=0.02 if kind != "full" else 0.001)
     before = picture(pipe)
     if how == "group":
         pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")

@@ -121,6 +121,34 @@ def extension(comfyui, monkeypatch):
     return script
 
 
+def processing(unet, clip_skip: int = 1):
+    """What Forge passes to a script; comments are shown below the pictures."""
+    said = []
+    return types.SimpleNamespace(
+        extra_generation_params={}, clip_skip=clip_skip, said=said, comment=said.append,
+        sd_model=types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet)),
+    )  # fmt: skip
+
+
+def test_another_clip_skip_and_a_file_that_cannot_be_used_are_said_below_the_picture(extension, comfyui, base, unet):
+    path = Path(make_file(comfyui, base, "skipping"))
+    file = tuner_file.load(path)
+    file.training["clip_skip"] = 2
+    tuner_file.save(path, file)
+    for clip_skip, said in (
+        (1, ["skipping.safetensors was trained with Clip skip 2, and this was drawn with 1"]),
+        (2, []),
+    ):
+        p = processing(unet, clip_skip)
+        extension.SdtuneTuner().process_before_every_sampling(p, "skipping.safetensors", 1.0)
+        assert p.said == said
+    path.write_bytes(b"no tuner")
+    p = processing(unet)
+    with pytest.raises(ValueError):
+        extension.SdtuneTuner().process_before_every_sampling(p, "skipping.safetensors", 1.0)
+    assert len(p.said) == 1 and p.said[0].startswith("drawn without the tuner: ")
+
+
 @pytest.mark.parametrize(
     "config",
     [{}, {"ops": ["block", "attn2"], "kind": "res_attn_text"}, {"kind": "res_attn_conv"}, {"kind": "res_attn_layer"}],
@@ -129,8 +157,7 @@ def test_the_extension_predicts_the_same_as_in_diffusers(extension, comfyui, bas
     path, without = make_file(comfyui, base, "forge", **config), in_diffusers(base, {})
 
     def draw(strength: float, loaded=None):
-        p = types.SimpleNamespace(extra_generation_params={})
-        p.sd_model = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet))
+        p = processing(unet)
         extension.SdtuneTuner().process_before_every_sampling(p, "forge.safetensors", strength)
         patcher = p.sd_model.forge_objects.unet
         assert patcher is not unet and p.extra_generation_params["sdtune strength"] == strength
@@ -160,8 +187,7 @@ def test_our_lora_loads_in_forge_and_stacks_with_a_tuner(extension, comfyui, bas
     with_lora.add_patches(filename="forge lora", patches=layers, strength_patch=0.8)
     with_lora.refresh_loras()
     assert_same_effect(predict(with_lora, base), in_diffusers(base, {lora: 0.8}), without)
-    p = types.SimpleNamespace(extra_generation_params={})
-    p.sd_model = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=with_lora))
+    p = processing(with_lora)
     extension.SdtuneTuner().process_before_every_sampling(p, "beside.safetensors", 1.0)
     both = p.sd_model.forge_objects.unet
     both.forge_patch_model()

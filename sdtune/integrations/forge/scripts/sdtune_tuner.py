@@ -48,7 +48,13 @@ class SdtuneTuner(scripts.Script):
     def process_before_every_sampling(self, p, tuner, strength, **kwargs):
         if tuner == NONE:
             return
-        file = tuner_file.load(find_tuners().get(tuner, tuner))
-        objects = p.sd_model.forge_objects
-        objects.unet = patches.add_tuner(objects.unet, file, strength, source=tuner)
+        try:
+            file = tuner_file.load(find_tuners().get(tuner, tuner))
+            objects = p.sd_model.forge_objects
+            objects.unet = patches.add_tuner(objects.unet, file, strength, source=tuner)
+        except ValueError as error:
+            p.comment(f"drawn without the tuner: {error}")  # Forge itself shows errors on its console alone
+            raise
+        if (file.clip_skip or p.clip_skip) != p.clip_skip:
+            p.comment(f"{tuner} was trained with Clip skip {file.clip_skip}, and this was drawn with {p.clip_skip}")
         p.extra_generation_params |= {"sdtune tuner": tuner, "sdtune strength": strength}
