@@ -213,6 +213,8 @@ def load(source: str | Path, weight_name: str = FILE_NAME, **hub) -> TunerFile:
                     f"{path} is not a tuner file: its metadata has no sdtune.format_version. "
                     + ("It looks like a LoRA of another tool; load it as such (in ComfyUI with the node Load LoRA)"
                        if any("lora" in k for k in keys)
+                       else "It is a textual inversion; load it with pipe.load_textual_inversion"
+                       if "emb_params" in keys
                        else f"Expected a file that sdtune wrote; found keys such as {', '.join(keys[:2]) or 'none'}")
                 )  # fmt: skip
             if found != FORMAT_VERSION:
