@@ -84,5 +84,6 @@ def as_flags(settings: dict) -> list[str]:
             # argparse would read a word that begins with a dash as a flag; `TrainConfig` takes the blank away again
             words += [f"--{name}", *(f" {v}" if str(v).startswith("-") else str(v) for v in value)] if value else []
         elif value is not None:
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return words
