@@ -108,11 +108,13 @@ def predict(patcher, base) -> torch.Tensor:
 @pytest.fixture
 def extension(comfyui, monkeypatch):
     """The extension's script, loaded as Forge does, with stand-ins for Forge's modules."""
-    modules, scripts, paths = map(types.ModuleType, ("modules", "modules.scripts", "modules.paths"))
+    names = ("modules", "modules.scripts", "modules.paths", "modules.shared")
+    modules, scripts, paths, shared = map(types.ModuleType, names)
+    shared.opts = types.SimpleNamespace(CLIP_stop_at_last_layers=1)
     scripts.Script, scripts.AlwaysVisible = object, object()
     paths.models_path = str(comfyui.folder / "models")
-    modules.scripts, modules.paths = scripts, paths
-    for module in (modules, scripts, paths):
+    modules.scripts, modules.paths, modules.shared = scripts, paths, shared
+    for module in (modules, scripts, paths, shared):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     path = ROOT / "sdtune/integrations/forge/scripts/sdtune_tuner.py"
     spec = importlib.util.spec_from_file_location("sdtune_tuner", path)
@@ -121,11 +123,11 @@ def extension(comfyui, monkeypatch):
     return script
 
 
-def processing(unet, clip_skip: int = 1):
+def processing(unet):
     """What Forge passes to a script; comments are shown below the pictures."""
     said = []
     return types.SimpleNamespace(
-        extra_generation_params={}, clip_skip=clip_skip, said=said, comment=said.append,
+        extra_generation_params={}, said=said, comment=said.append,
         sd_model=types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet)),
     )  # fmt: skip
 
@@ -139,7 +141,7 @@ def test_another_clip_skip_and_a_file_that_cannot_be_used_are_said_below_the_pic
         (1, ["skipping.safetensors was trained with Clip skip 2, and this was drawn with 1"]),
         (2, []),
     ):
-        p = processing(unet, clip_skip)
+        extension.shared.opts.CLIP_stop_at_last_layers, p = clip_skip, processing(unet)
         extension.SdtuneTuner().process_before_every_sampling(p, "skipping.safetensors", 1.0)
         assert p.said == said
     path.write_bytes(b"no tuner")

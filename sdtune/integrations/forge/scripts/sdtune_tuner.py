@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import gradio as gr
-from modules import paths, scripts
+from modules import paths, scripts, shared
 
 if not find_spec("sdtune"):
     here = Path(__file__).resolve().parent.parent
@@ -55,6 +55,7 @@ class SdtuneTuner(scripts.Script):
         except ValueError as error:
             p.comment(f"drawn without the tuner: {error}")  # Forge itself shows errors on its console alone
             raise
-        if (file.clip_skip or p.clip_skip) != p.clip_skip:
-            p.comment(f"{tuner} was trained with Clip skip {file.clip_skip}, and this was drawn with {p.clip_skip}")
+        clip_skip = int(shared.opts.CLIP_stop_at_last_layers)
+        if file.clip_skip not in (None, clip_skip):
+            p.comment(f"{tuner} was trained with Clip skip {file.clip_skip}, and this was drawn with {clip_skip}")
         p.extra_generation_params |= {"sdtune tuner": tuner, "sdtune strength": strength}
