@@ -68,6 +68,12 @@ def pipe(base) -> StableDiffusionPipeline:
     return copy.deepcopy(base)
 
 
+@pytest.fixture
+def unet(base) -> UNet2DConditionModel:
+    """The small base's UNet, to change."""
+    return copy.deepcopy(base.unet)
+
+
 @pytest.fixture(scope="session")
 def sd15_unet() -> UNet2DConditionModel:
     """The UNet of Stable Diffusion 1.5, from its public configuration, without weights."""

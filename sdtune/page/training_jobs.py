@@ -281,11 +281,8 @@ class Trainings:
             return job.run.last_checkpoint()
         except Exception:  # such as a full disk
             if kept := _unfinished_checkpoints(Path(job.run.config.output)):
-                job.resumable, job.result, job.done = (
-                    True,
-                    kept[-1] / tuner_file.FILE_NAME,
-                    checkpoints.step_of(kept[-1]),
-                )
+                job.resumable, job.result = True, kept[-1] / tuner_file.FILE_NAME
+                job.done = checkpoints.step_of(kept[-1])
                 del job.losses[job.done :]
             raise
         finally:
